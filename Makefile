@@ -1,0 +1,37 @@
+# `make` alone prints this list.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint types imports check install clean
+
+help:                 ## print this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: .venv/ready  ## create .venv with everything that developing and running needs
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fedpeft needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[ray,dev]'
+	touch $@
+
+demo: .venv/ready     ## run the embedded federation and print what federating gained (runs/demo/)
+	$(BIN)/fedpeft demo --out runs/demo
+
+test: check           ## everything that CI runs
+	$(BIN)/pytest
+
+check: lint types imports
+
+lint: .venv/ready     ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready    ## static types
+	$(BIN)/pyright
+
+imports: .venv/ready  ## which package may import which
+	$(BIN)/lint-imports
+
+clean:                ## remove what was built and installed (not runs/)
+	rm -rf .venv dist build

@@ -1,0 +1,158 @@
+"""Every error that fedpeft raises on purpose, with its exit code and its reason.
+
+    FedpeftError                    1   internal-error
+    ├── ConfigError                 3   bad-config
+    ├── DataError                   4   bad-data
+    ├── ModelError                  5   bad-model
+    │   └── FingerprintMismatch     5   other-base-model
+    ├── AdapterError                6   bad-adapter
+    │   └── SchemaMismatch          6   wrong-adapter-schema
+    ├── TrainingError               7   training-failed
+    │   ├── NotFinite               7   not-finite
+    │   └── AdapterUnchanged        7   adapter-unchanged
+    ├── FederationError             8   federation-failed
+    ├── ConnectionFailed            9   connection-failed
+    │   ├── PortInUse               9   port-in-use
+    │   ├── CertificateRefused      9   wrong-certificate
+    │   └── ClockSkew               9   clock-skew
+    ├── EnrolmentError             10   not-enrolled
+    ├── StorageError               11   storage-failed
+    ├── PolicyRefused              12   refused-by-clinic
+    └── FlowerPinError             13   wrong-flower-version
+
+Exit code 2 is a wrong command line, 130 a stop by Ctrl-C. Codes are never
+reused. The *message* is one sentence for the person at this machine: what was
+wrong, where, why, and what to do. It may name files and numbers, never record
+text, patient ids or secrets, and it stays on this machine. The *reason* is the
+only thing that another machine is told.
+"""
+
+from typing import ClassVar
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+class FedpeftError(Exception):
+    """Base of all errors that a user or another machine can cause."""
+
+    exit_code: ClassVar[int] = 1
+    reason: ClassVar[str] = "internal-error"
+
+
+class ConfigError(FedpeftError):
+    """A configuration file or ``--set`` value cannot be used."""
+
+    exit_code = 3
+    reason = "bad-config"
+
+
+class DataError(FedpeftError):
+    """A data file is missing, empty, or has a row that cannot be used."""
+
+    exit_code = 4
+    reason = "bad-data"
+
+
+class ModelError(FedpeftError):
+    """A base model directory cannot be used."""
+
+    exit_code = 5
+    reason = "bad-model"
+
+
+class FingerprintMismatch(ModelError):
+    """The base model here is not the one that the federation fine-tunes."""
+
+    reason = "other-base-model"
+
+
+class AdapterError(FedpeftError):
+    """An adapter cannot be built, read or written."""
+
+    exit_code = 6
+    reason = "bad-adapter"
+
+
+class SchemaMismatch(AdapterError):
+    """An adapter has other tensors, shapes, dtypes or base model than agreed."""
+
+    reason = "wrong-adapter-schema"
+
+
+class TrainingError(FedpeftError):
+    """Training could not go on."""
+
+    exit_code = 7
+    reason = "training-failed"
+
+
+class NotFinite(TrainingError):
+    """A loss, gradient or update holds NaN or infinity."""
+
+    reason = "not-finite"
+
+
+class AdapterUnchanged(TrainingError):
+    """Training ran, yet the adapter is what it was before."""
+
+    reason = "adapter-unchanged"
+
+
+class FederationError(FedpeftError):
+    """The federation cannot go on, for example with too few clinics."""
+
+    exit_code = 8
+    reason = "federation-failed"
+
+
+class ConnectionFailed(FedpeftError):
+    """The other side cannot be reached or trusted."""
+
+    exit_code = 9
+    reason = "connection-failed"
+
+
+class PortInUse(ConnectionFailed):
+    """The address that the server should listen on is taken."""
+
+    reason = "port-in-use"
+
+
+class CertificateRefused(ConnectionFailed):
+    """The server's certificate was not issued by the CA of the invitation."""
+
+    reason = "wrong-certificate"
+
+
+class ClockSkew(ConnectionFailed):
+    """The clocks of clinic and server differ by more than is accepted."""
+
+    reason = "clock-skew"
+
+
+class EnrolmentError(FedpeftError):
+    """An invitation is expired, used, unknown or unreadable."""
+
+    exit_code = 10
+    reason = "not-enrolled"
+
+
+class StorageError(FedpeftError):
+    """A file cannot be written or a directory belongs to something else."""
+
+    exit_code = 11
+    reason = "storage-failed"
+
+
+class PolicyRefused(FedpeftError):
+    """The clinic's own limits forbid what the server asked for."""
+
+    exit_code = 12
+    reason = "refused-by-clinic"
+
+
+class FlowerPinError(FedpeftError):
+    """The installed Flower is not the pinned version that fedpeft was built on."""
+
+    exit_code = 13
+    reason = "wrong-flower-version"
