@@ -1,9 +1,10 @@
-"""Keep every library off the network, before any of them is imported.
+"""Keep every library off the network and quiet, before any of them is imported.
 
 Must not import anything but the standard library: the switches below are read
 by flwr, transformers and huggingface_hub while those are being imported.
 """
 
+import logging
 import os
 
 ALLOW_HUB = "FEDPEFT_ALLOW_HUB"
@@ -15,8 +16,13 @@ _PHONE_HOME_OFF = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
+}
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
 }
 _HUB_OFF = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -33,5 +39,9 @@ def enforce() -> None:
     off unless ``FEDPEFT_ALLOW_HUB=1``.
     """
     os.environ.update(_PHONE_HOME_OFF)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # On import it recommends a package that would fetch kernels from a hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not hub_allowed():
         os.environ.update(_HUB_OFF)

@@ -1,0 +1,5 @@
+"""``python -m fedpeft_client``: the program ``fedpeft-client``."""
+
+from fedpeft_client.cli import run
+
+run()

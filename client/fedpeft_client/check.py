@@ -1,0 +1,93 @@
+"""Find out before a run whether this box can take part: one line a question."""
+
+import shutil
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import psutil
+
+from fedpeft.data import read_records
+from fedpeft.errors import FedpeftError, StorageError
+from fedpeft.models import context_length, fingerprint, require_complete
+from fedpeft.models.source import weight_files
+from fedpeft_client.box import Box
+from fedpeft_client.reachability import probe
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The answer to one question; ``text`` says what was found, or what is wrong and what to do."""
+
+    subject: str
+    ok: bool
+    text: str
+
+
+def check(box: Box) -> Generator[Finding]:
+    """Yield a finding for model, data, disk, memory and server, as they become known."""
+    questions: dict[str, Callable[[Box], str]] = {
+        "model": _model,
+        "data": _data,
+        "disk": _disk,
+        "memory": _memory,
+        "server": _server,
+    }
+    for subject, question in questions.items():
+        try:
+            yield Finding(subject, True, question(box))
+        except FedpeftError as error:
+            yield Finding(subject, False, str(error))
+
+
+def _model(box: Box) -> str:
+    directory = box.clinic.model
+    require_complete(directory)
+    context = context_length(directory)
+    return (
+        f"{directory}, fingerprint {fingerprint(directory)[:12]}, context "
+        f"{context or 'unknown'} tokens"
+    )
+
+
+def _data(box: Box) -> str:
+    data = box.clinic.data
+    files = [data.train] if data.valid is None else [data.train, data.valid]
+    read = [
+        read_records(path, format=data.format, skip_bad_rows=data.skip_bad_rows).describe()
+        for path in files
+    ]
+    note = "" if data.valid else "; no validation file, so this box reports no loss"
+    return "; ".join(read) + note
+
+
+def _disk(box: Box) -> str:
+    free = shutil.disk_usage(box.directory).free // _MIB
+    wanted = box.settings.limits.min_free_disk_mb
+    if free < wanted:
+        raise StorageError(
+            f"{free} MiB are free in {box.directory} where limits.min_free_disk_mb = {wanted}; "
+            "free some space or lower that limit"
+        )
+    return f"{free} MiB free"
+
+
+def _memory(box: Box) -> str:
+    available = psutil.virtual_memory().available // _MIB
+    # In 4 bits the base takes about a third of its file; that is the least it needs.
+    least = sum(path.stat().st_size for path in weight_files(box.clinic.model)) // (3 * _MIB)
+    if available < least:
+        raise StorageError(
+            f"{available} MiB of memory are available and the base model needs at least {least}; "
+            "close other programs or use a smaller base model"
+        )
+    return f"{available} MiB available"
+
+
+def _server(box: Box) -> str:
+    found = probe(box.settings.server.address, box.ca)
+    return (
+        f"{box.settings.server.address} answers in {found.latency_s * 1000:.0f} ms, clocks differ "
+        f"by {abs(found.clock_skew_s):.0f} s"
+    )

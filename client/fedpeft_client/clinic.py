@@ -1,0 +1,44 @@
+"""A clinic as the client app sees it: its name, files and limits.
+
+Built from ``client.toml`` on a box, and from a ``[[clinic]]`` table in a simulation.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedpeft.config import ComputeDtype
+from fedpeft_client.settings import ClientSettings, DataSettings, LimitSettings
+
+CONFIG_FILE = "client.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Clinic:
+    """One clinic; ``adapter_directory`` is where received adapters are kept."""
+
+    name: str
+    federation: str
+    model: Path
+    data: DataSettings
+    dtype: ComputeDtype = "auto"
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    adapter_directory: Path | None = None
+
+
+def clinic_of(settings: ClientSettings, directory: Path) -> Clinic:
+    """Return the clinic of a box whose files lie in ``directory``."""
+    data = settings.data.model_copy(
+        update={
+            "train": directory / settings.data.train,
+            "valid": settings.data.valid and directory / settings.data.valid,
+        }
+    )
+    return Clinic(
+        name=settings.clinic,
+        federation=settings.server.federation,
+        model=directory / settings.model.directory,
+        data=data,
+        dtype=settings.model.dtype,
+        limits=settings.limits,
+        adapter_directory=directory / "adapter",
+    )

@@ -1,0 +1,272 @@
+"""The clinic's side of the network link: fetch a message, answer it, for ever.
+
+A fixed client: it runs the app that is installed here and nothing that the
+server sends, answers only the message types it was told to, and treats every
+outage as passing. It never asks for Flower's app bundles.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import TaskType
+from flwr.supercore.run import Run
+
+from fedpeft.errors import PolicyRefused
+from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft_client.answering import Application, answer, refusal
+from fedpeft_client.fleet import Clock, FleetClient, load_key, open_http, read_ca
+from fedpeft_client.session import MessageLost, RunEnded, Session, Stopped
+
+log: Final = logging.getLogger(__name__)
+
+FAB_ID: Final = "fedpeft/fedpeft"
+"""The only app that this client answers to; it is installed here, never received."""
+
+# Soon after a message the next one is likely; a waiting clinic asks less often.
+_BUSY_S: Final = 60.0
+_LOST_PAUSE_S: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionSettings:
+    """How this clinic connects and what it lets the server ask.
+
+    ``server`` is ``host:port``; ``key`` and ``ca`` are the files that joining
+    made. ``node_config`` is handed to the app as its context's node_config.
+    """
+
+    server: str
+    key: Path
+    ca: Path
+    message_types: frozenset[str] = frozenset({"train", "evaluate"})
+    max_payload_bytes: int = 1 << 30
+    poll_s: float = 0.2
+    idle_poll_s: float = 1.0
+    node_config: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+EventKind = Literal[
+    "waiting",  # the server still counts a former process of this clinic as online
+    "connected",
+    "disconnected",
+    "received",
+    "answered",
+    "failed",  # the app raised, and the server was told the reason
+    "refused",  # the message was against this clinic's limits
+    "dropped",  # the run or the message is gone, so nobody waits for an answer
+    "stopped",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened, for a display or a log on this machine.
+
+    ``detail`` is a sentence, or the reason that the server was told. Sizes are
+    payload bytes, ``seconds`` is the time spent on the answer.
+    """
+
+    kind: EventKind
+    detail: str = ""
+    message_type: str = ""
+    group: str = ""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+
+
+def _ignore(_event: Event) -> None:
+    return
+
+
+def serve(
+    client_app: Application,
+    settings: ConnectionSettings,
+    *,
+    stop: threading.Event,
+    on_event: Callable[[Event], None] = _ignore,
+    clock: Clock = time.time,
+) -> None:
+    """Answer the server's messages with ``client_app`` until ``stop`` is set.
+
+    Returns about a second after ``stop`` is set, or when the answer that is
+    being computed is done. Outages are waited out however long they last.
+
+    Args:
+        client_app: a Flower ``ClientApp``, called in this thread.
+        settings: whom to connect to, and what to allow.
+        stop: set it, from a signal handler for example, to end.
+        on_event: told what happens, in this thread; must not raise.
+        clock: seconds since the epoch; replaced only by tests.
+
+    Raises:
+        FlowerPinError: another Flower version is installed.
+        ConfigError: the server's address is not ``host:port``.
+        EnrolmentError: the key or CA file is unusable, or the server does not know the key.
+        CertificateRefused: what answers has no certificate of the federation's CA.
+        ClockSkew: the clocks differ by more than the server accepts.
+        ConnectionFailed: what answers is of another version.
+    """
+    require_pinned_flower()
+    quiet_flower_log()
+    key = load_key(settings.key)
+    with open_http(read_ca(settings.ca)) as http:
+        session = Session(
+            FleetClient(settings.server, http, key, clock),
+            http,
+            settings.server,
+            key,
+            stop=stop,
+            clock=clock,
+            on_outage=lambda trouble: on_event(Event(kind="disconnected", detail=trouble)),
+            on_recovery=lambda: on_event(Event(kind="connected")),
+            on_waiting=lambda: on_event(
+                Event(
+                    kind="waiting",
+                    detail="the server still counts this clinic as online: another process "
+                    "uses its key, or one ended without notice less than a minute ago",
+                )
+            ),
+        )
+        try:
+            session.activate()
+            on_event(Event(kind="connected"))
+            with session.heartbeat():
+                _Worker(session, client_app, settings, stop, on_event).work()
+        except Stopped:
+            pass
+        finally:
+            session.deactivate()
+        on_event(Event(kind="stopped"))
+
+
+class _Worker:
+    """Takes messages one by one; remembers the current run and its context."""
+
+    def __init__(
+        self,
+        session: Session,
+        app: Application,
+        settings: ConnectionSettings,
+        stop: threading.Event,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._session = session
+        self._app = app
+        self._settings = settings
+        self._stop = stop
+        self._on_event = on_event
+        self._run: Run | None = None
+        self._context: Context | None = None
+
+    def work(self) -> None:
+        busy_until = 0.0
+        while not self._stop.is_set():
+            try:
+                found = self._session.poll()
+                if found is not None:
+                    self._handle(*found)
+                    busy_until = time.monotonic() + _BUSY_S
+                    continue
+            except RunEnded:
+                self._on_event(Event(kind="dropped", detail="the run has ended"))
+            except MessageLost as lost:
+                log.warning("%s", lost)
+                self._on_event(Event(kind="dropped", detail=str(lost)))
+                self._stop.wait(_LOST_PAUSE_S)
+            busy = time.monotonic() < busy_until
+            self._stop.wait(self._settings.poll_s if busy else self._settings.idle_poll_s)
+
+    def _handle(self, head: Message, tree: ObjectTree) -> None:
+        asked = head.metadata
+        started = time.monotonic()
+        bytes_in = 0
+        try:
+            run = self._run_of(asked.run_id)
+            self._check(run, asked)
+            message, bytes_in = self._session.fetch(head, tree, self._settings.max_payload_bytes)
+            self._check_same(message, asked)
+        except PolicyRefused as error:
+            log.warning("a message of the server was refused: %s", error)
+            reply, kind, detail = refusal(head, error.reason), "refused", str(error)
+        else:
+            self._on_event(_about("received", asked, bytes_in=bytes_in))
+            started = time.monotonic()
+            reply, reason = answer(self._app, message, self._context_of(run))
+            kind, detail = ("failed", reason) if reason else ("answered", "")
+        seconds = time.monotonic() - started
+        bytes_out = self._session.deliver(reply, seconds)
+        self._on_event(
+            _about(
+                kind, asked, detail=detail, bytes_in=bytes_in, bytes_out=bytes_out, seconds=seconds
+            )
+        )
+
+    def _check(self, run: Run, asked: Metadata) -> None:
+        if run.fab_id != FAB_ID or run.primary_task_type != TaskType.SERVER_APP:
+            raise PolicyRefused(f"the server runs {run.fab_id!r}, but this client is for {FAB_ID}")
+        if asked.message_type not in self._settings.message_types:
+            allowed = ", ".join(sorted(self._settings.message_types))
+            raise PolicyRefused(
+                f"the server asks for {asked.message_type!r}, but this clinic allows {allowed} only"
+            )
+        if (asked.dst_node_id, asked.src_node_id) != (self._session.node_id, SUPERLINK_NODE_ID):
+            raise PolicyRefused("a message is addressed to another clinic, or not from the server")
+
+    @staticmethod
+    def _check_same(message: Message, asked: Metadata) -> None:
+        """The content brings its own copy of the metadata, and the app acts on that one."""
+        got = message.metadata
+        same = (
+            got.run_id == asked.run_id
+            and got.message_type == asked.message_type
+            and got.group_id == asked.group_id
+            and got.dst_node_id == asked.dst_node_id
+            and got.src_node_id == asked.src_node_id
+        )
+        if not same or not message.has_content():
+            raise PolicyRefused("a message is not what its announcement said")
+
+    def _run_of(self, run_id: int) -> Run:
+        if self._run is None or self._run.run_id != run_id:
+            self._run, self._context = self._session.run_of(run_id), None
+        return self._run
+
+    def _context_of(self, run: Run) -> Context:
+        if self._context is None:
+            self._context = Context(
+                run_id=run.run_id,
+                node_id=self._session.node_id,
+                node_config=dict(self._settings.node_config),
+                state=RecordDict(),
+                run_config={},
+            )
+        return self._context
+
+
+def _about(
+    kind: EventKind,
+    asked: Metadata,
+    *,
+    detail: str = "",
+    bytes_in: int = 0,
+    bytes_out: int = 0,
+    seconds: float = 0.0,
+) -> Event:
+    return Event(
+        kind=kind,
+        detail=detail,
+        message_type=asked.message_type,
+        group=asked.group_id,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        seconds=seconds,
+    )

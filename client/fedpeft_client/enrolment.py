@@ -1,0 +1,224 @@
+"""Join a federation: turn an invitation file into a key that the server knows.
+
+The private key is made here and never leaves the machine. Must not know the
+connection that follows.
+"""
+
+import datetime
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedpeft.errors import ConnectionFailed, EnrolmentError, FedpeftError, StorageError
+from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url_of
+
+SCHEMA: Final = 1
+_MAX_INVITATION_BYTES: Final = 64 << 10
+_FIELDS: Final = ("server", "federation", "clinic", "expires", "token", "ca")
+_REFUSALS: Final = {
+    "unknown": "the server does not know this invitation, or a newer one has replaced it: "
+    "ask the central site for a new invitation",
+    "expired": "the invitation has expired: ask the central site for a new one",
+    "used": "the invitation was already used by another machine: if that was not you, tell the "
+    "central site at once, and ask for a new invitation",
+    "bad-key": "the server did not accept this machine's key: "
+    "join with an empty directory, so that a new key is made",
+    "too-many-attempts": "the server has seen too many attempts from this network: "
+    "wait a minute, and join again",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enrolment:
+    """A membership: what the clinic's configuration must name."""
+
+    server: str
+    federation: str
+    clinic: str
+    key: Path
+    ca: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Invitation:
+    server: str
+    federation: str
+    clinic: str
+    ca_pem: str
+    token: str
+
+    def __repr__(self) -> str:
+        return f"_Invitation(clinic={self.clinic!r})"
+
+
+def join(invitation_file: Path, directory: Path) -> Enrolment:
+    """Enrol this machine with an invitation.
+
+    Makes ``directory`` (mode 700) with ``key.pem`` (mode 600) and, once the
+    server has accepted, ``ca.pem``. After a failure the key stays and is used
+    again by the next attempt, with the same or another invitation.
+
+    Raises:
+        EnrolmentError: the invitation is missing, unreadable, expired, used or
+            unknown, or the directory is enrolled already.
+        ConfigError: the invitation's server address is none.
+        ConnectionFailed: the server cannot be reached.
+        CertificateRefused: what answers is not the server of the invitation.
+        StorageError: the directory cannot be written.
+    """
+    invitation = _read(invitation_file)
+    key_path, ca_path = directory / "key.pem", directory / "ca.pem"
+    if ca_path.exists():
+        raise EnrolmentError(
+            f"{directory} is enrolled in a federation already: "
+            "join with another, empty directory, or delete this one to leave its federation"
+        )
+    key = _own_key(key_path)
+    _post(invitation, key)
+    try:
+        _write_once(ca_path, invitation.ca_pem.encode("ascii"))
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    return Enrolment(
+        server=invitation.server,
+        federation=invitation.federation,
+        clinic=invitation.clinic,
+        key=key_path,
+        ca=ca_path,
+    )
+
+
+def _read(path: Path) -> _Invitation:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_INVITATION_BYTES + 1)
+    except OSError as error:
+        raise EnrolmentError(
+            f"the invitation {path} cannot be read ({error.strerror}): "
+            "give the file that the central site sent you"
+        ) from error
+    try:
+        document: Any = json.loads(content) if len(content) <= _MAX_INVITATION_BYTES else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise EnrolmentError(
+            f"{path} is not an invitation (it is no JSON object): "
+            "give the file that the central site sent you"
+        )
+    if document.get("schema") != SCHEMA:
+        raise EnrolmentError(
+            f"the invitation {path} has schema {document.get('schema')!r}, but this program knows "
+            f"{SCHEMA} only: install the fedpeft version that the central site uses"
+        )
+    fields = {name: document.get(name) for name in _FIELDS}
+    for name, value in fields.items():
+        if not isinstance(value, str) or (not value.isprintable() and name != "ca"):
+            raise EnrolmentError(
+                f"the invitation {path} lacks a usable {name!r}: "
+                "use an unchanged copy of the file that the central site sent you"
+            )
+    return _unexpired(path, fields)
+
+
+def _unexpired(path: Path, fields: dict[str, Any]) -> _Invitation:
+    try:
+        expires = datetime.datetime.fromisoformat(fields["expires"])
+        expired = expires <= datetime.datetime.now(datetime.UTC)
+        fields["ca"].encode("ascii")
+    except (ValueError, TypeError) as error:
+        raise EnrolmentError(
+            f"the invitation {path} is damaged: "
+            "use an unchanged copy of the file that the central site sent you"
+        ) from error
+    if expired:
+        raise EnrolmentError(
+            f"the invitation {path} expired at {expires.isoformat()} by this machine's clock: "
+            "ask the central site for a new one"
+        )
+    return _Invitation(
+        server=fields["server"],
+        federation=fields["federation"],
+        clinic=fields["clinic"],
+        ca_pem=fields["ca"],
+        token=fields["token"],
+    )
+
+
+def _own_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    if path.exists():
+        return load_key(path)
+    key = ec.generate_private_key(ec.SECP384R1())
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_once(path, pem)
+    except OSError as error:
+        raise _cannot_write(path.parent, error) from error
+    return key
+
+
+def _post(invitation: _Invitation, key: ec.EllipticCurvePrivateKey) -> None:
+    public_key = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    with open_http(invitation.ca_pem) as http:
+        try:
+            response = http.post(
+                f"{url_of(invitation.server)}/v1/enrol",
+                json={"token": invitation.token, "public_key": public_key.decode("ascii")},
+            )
+        except httpx.TransportError as error:
+            raise explain(error, invitation.server) from error
+    if response.status_code != HTTPStatus.OK:
+        raise _refusal(invitation.server, response)
+
+
+def _refusal(server: str, response: httpx.Response) -> FedpeftError:
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    reason = document.get("reason") if isinstance(document, dict) else None
+    if reason in _REFUSALS:
+        return EnrolmentError(_REFUSALS[reason])
+    if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return ConnectionFailed(
+            f"the server {server} could not enrol this machine (HTTP {response.status_code}): "
+            "try again, and if it goes on, tell the central site"
+        )
+    return not_a_server(server)
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    """Write a new file of mode 600 that appears whole or not at all, never over another."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        # Unlike rename, a hard link never takes the place of an existing file.
+        os.link(staged, path)
+    finally:
+        staged.unlink()
+
+
+def _cannot_write(directory: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{directory} cannot be written ({error.strerror}): "
+        "check that it belongs to you and that the disk has space"
+    )

@@ -1,0 +1,66 @@
+"""A clinic's encoded records, read once and kept in memory while its files stay the same."""
+
+from pathlib import Path
+
+from fedpeft.data import EncodedExample, EncodedSet, encode, read_records
+from fedpeft.errors import ConfigError
+from fedpeft.models import BaseModel, context_length
+from fedpeft_client.clinic import Clinic
+
+_Key = tuple[Path, int, int, str | None, bool, str, int]
+
+
+class RecordStore:
+    """Encoded records by file, layout, tokenizer and length."""
+
+    def __init__(self) -> None:
+        self._sets: dict[_Key, EncodedSet] = {}
+
+    def train(self, clinic: Clinic, base: BaseModel, max_length: int) -> EncodedSet:
+        """Return the training rows.
+
+        Raises:
+            DataError: the file cannot be used.
+            ConfigError: ``max_length`` is beyond the base model's context.
+        """
+        return self._encoded(clinic, clinic.data.train, base, max_length)
+
+    def valid(self, clinic: Clinic, base: BaseModel, max_length: int) -> list[EncodedExample]:
+        """Return the validation rows; none where the clinic has no validation file."""
+        if clinic.data.valid is None:
+            return []
+        return list(self._encoded(clinic, clinic.data.valid, base, max_length).examples)
+
+    def _encoded(self, clinic: Clinic, path: Path, base: BaseModel, max_length: int) -> EncodedSet:
+        require_context(base.directory, max_length)
+        layout, skip = clinic.data.format, clinic.data.skip_bad_rows
+        changed, size = _stamp(path)
+        key = (path, changed, size, layout, skip, base.fingerprint, max_length)
+        if key not in self._sets:
+            for stale in [known for known in self._sets if known[0] == path]:
+                del self._sets[stale]
+            records = read_records(path, format=layout, skip_bad_rows=skip)
+            self._sets[key] = encode(records, base.tokenizer, max_length=max_length)
+        return self._sets[key]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0  # read_records says what is wrong with the file
+    return status.st_mtime_ns, status.st_size
+
+
+def require_context(directory: Path, max_length: int) -> None:
+    """Check that the base model can read rows of ``max_length`` tokens.
+
+    Raises:
+        ConfigError: they are longer than its context.
+    """
+    context = context_length(directory)
+    if context is not None and max_length > context:
+        raise ConfigError(
+            f"training.max_length = {max_length} is more than the {context} tokens that the base "
+            f"model in {directory} can read; set it to {context} or less"
+        )

@@ -1,0 +1,93 @@
+"""What the people at a clinic decide: the content of ``client.toml``."""
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from fedpeft.config import ComputeDtype, Name, Settings
+
+
+class DataSettings(Settings):
+    """The clinic's records. They are read here and go nowhere."""
+
+    train: Path
+    valid: Path | None = None
+    format: str | None = None
+    """Record layout; None: detected from the file."""
+    skip_bad_rows: bool = False
+
+
+class BoxModelSettings(Settings):
+    """The base model on this box."""
+
+    directory: Path
+    dtype: ComputeDtype = "auto"
+
+
+class ServerSettings(Settings):
+    """The central site, as the invitation named it."""
+
+    address: str = Field(pattern=r"^\S+:\d{1,5}$")
+    federation: Name
+
+
+class LimitSettings(Settings):
+    """The most that this box does for one message, whatever the server asks for."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; None: all cores."""
+    max_rank: int = Field(default=64, ge=1)
+    max_steps: int = Field(default=10_000, ge=1)
+    """Optimiser steps a round."""
+    max_message_mb: int = Field(default=1024, ge=1)
+    """MiB of one message from the server."""
+    min_free_disk_mb: int = Field(default=1024, ge=0)
+
+
+class ClientSettings(Settings):
+    """The whole of ``client.toml``; relative paths count from its folder."""
+
+    clinic: Name
+    server: ServerSettings
+    model: BoxModelSettings
+    data: DataSettings
+    limits: LimitSettings = LimitSettings()
+
+
+def settings_toml(settings: ClientSettings) -> str:
+    """Return ``client.toml`` with a word on each setting for the person who will edit it."""
+    data, limits = settings.data, settings.limits
+
+    def optional(key: str, value: object, example: str) -> str:
+        return f"{key} = {_toml(value)}" if value is not None else f"# {key} = {example}"
+
+    return f"""# This box, as its people want it. Relative paths count from this folder.
+clinic = {_toml(settings.clinic)}
+
+[server]                      # from the invitation
+address = {_toml(settings.server.address)}
+federation = {_toml(settings.server.federation)}
+
+[model]                       # the base model; it must be the federation's
+directory = {_toml(str(settings.model.directory))}
+dtype = {_toml(settings.model.dtype)}                # "auto", "float32" or "bfloat16"
+
+[data]                        # read here, never sent
+train = {_toml(str(data.train))}
+{optional("valid", data.valid and str(data.valid), '"valid.jsonl"')}
+{optional("format", data.format, '"question-answer"   # found out from the file if not set')}
+skip_bad_rows = {_toml(data.skip_bad_rows)}
+
+[limits]                      # the most this box does, whatever the server asks for
+{optional("threads", limits.threads, "2                # CPU threads; all if not set")}
+max_rank = {limits.max_rank}
+max_steps = {limits.max_steps}             # optimiser steps in a round
+max_message_mb = {limits.max_message_mb}
+min_free_disk_mb = {limits.min_free_disk_mb}
+"""
+
+
+def _toml(value: object) -> str:
+    # For the strings, numbers and booleans used here JSON is TOML.
+    return json.dumps(value)

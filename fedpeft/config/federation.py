@@ -1,0 +1,131 @@
+"""What a federation is: the content of ``federation.toml``.
+
+Frozen models with units in the names; no I/O here (see ``loading.py``).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A name of a federation or clinic: safe in file names, certificates and logs."""
+
+Quantization = Literal["none", "nf4"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+
+class Settings(BaseModel):
+    """Base of all configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """The frozen base model that everybody fine-tunes."""
+
+    base: str = "embedded"
+    """A local directory, ``embedded`` (the demo model), or a hub id where a hub is allowed."""
+    fingerprint: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 over the weight files; None: whatever the directory at the server holds."""
+    quantization: Quantization = "none"
+    dtype: ComputeDtype = "auto"
+    """Compute dtype of a simulation; a clinic box has its own setting."""
+
+
+class AdapterSettings(Settings):
+    """The LoRA adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class TrainingSettings(Settings):
+    """One clinic's work in one round."""
+
+    optimizer: Literal["adamw", "adamw-8bit-paged"] = "adamw"
+    learning_rate: float = Field(default=2e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    """Rows in one optimiser step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows in memory at once; None: the whole batch. Smaller means gradient accumulation."""
+    local_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps a round; None: ``local_epochs`` counts instead."""
+    local_epochs: int | None = Field(default=None, ge=1)
+    """Passes over the clinic's rows a round; None with no ``local_steps``: one pass."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens; longer rows are cut, and counted."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up at the start of the whole run; the schedule spans all rounds."""
+    bucket_by_length: bool = True
+    gradient_checkpointing: bool = False
+    proximal_mu: float = Field(default=0.0, ge=0)
+    """FedProx term mu/2 * |w - w_global|^2 (Li et al. 2020, arXiv:1812.06127)."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_measure_of_work(self) -> "TrainingSettings":
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("local_steps and local_epochs exclude each other; keep one")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError("micro_batch_size is larger than batch_size; make it smaller")
+        return self
+
+
+class RoundSettings(Settings):
+    """How many rounds, and when a round counts."""
+
+    count: int = Field(default=5, ge=1)
+    minimum_clinics: int = Field(default=2, ge=1)
+    """A round with fewer answers is repeated, and after ``retries`` the run ends."""
+    timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that a clinic has to answer one message of a round."""
+    wait_s: float = Field(default=3600.0, ge=0)
+    """Seconds to wait for the minimum of clinics to be connected before a round."""
+    gather_s: float = Field(default=10.0, ge=0)
+    """Of these, seconds to wait for the enrolled clinics beyond the minimum."""
+    retries: int = Field(default=2, ge=0)
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many rounds without a better validation loss; None: never."""
+
+
+class StrategySettings(Settings):
+    """How updates become the next adapter."""
+
+    name: str = "fedavg"
+
+
+class ClinicSettings(Settings):
+    """One simulated clinic: its name and its files."""
+
+    name: Name
+    train: Path
+    valid: Path | None = None
+    format: str | None = None
+    """Record layout; None: detected from the file."""
+    skip_bad_rows: bool = False
+
+
+class FederationSettings(Settings):
+    """The whole of ``federation.toml``."""
+
+    name: Name = "federation"
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    training: TrainingSettings = TrainingSettings()
+    rounds: RoundSettings = RoundSettings()
+    strategy: StrategySettings = StrategySettings()
+    clinic: tuple[ClinicSettings, ...] = ()
+
+    @model_validator(mode="after")
+    def _clinics_are_distinct(self) -> "FederationSettings":
+        names = [clinic.name for clinic in self.clinic]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two [[clinic]] entries are named {name!r}; rename one")
+        return self

@@ -1,0 +1,74 @@
+"""How the three programs talk to people.
+
+Everything for people goes to stderr behind the program's name, in one sentence
+without a capital or full stop; stdout carries results that programs may read.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+from fedpeft.errors import INTERRUPTED_EXIT_CODE, FedpeftError
+
+DEBUG = "FEDPEFT_DEBUG"
+"""Environment variable: ``1`` prints whole tracebacks, which may hold private values."""
+
+people = Console(stderr=True, highlight=False)
+"""Where tables, progress bars and sentences for people are printed."""
+
+
+class Program:
+    """One of the command-line programs, by its name."""
+
+    def __init__(self, name: str, purpose: str) -> None:
+        self.name = name
+        self.app = typer.Typer(
+            name=name,
+            help=purpose,
+            no_args_is_help=True,
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,
+        )
+
+    def say(self, sentence: str) -> None:
+        """Print one sentence for the person at the terminal."""
+        people.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
+
+    def run(self) -> NoReturn:
+        """Run the command line and exit with the documented code."""
+        try:
+            self.app(standalone_mode=False)
+        except FedpeftError as error:
+            self.say(f"error: {error}")
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            self.say("stopped; what was finished is kept")
+            sys.exit(INTERRUPTED_EXIT_CODE)
+        except typer.Exit as stop:
+            sys.exit(stop.exit_code)
+        except Exception as error:
+            show = getattr(error, "show", None)  # click's usage errors print themselves
+            if isinstance(show, Callable):
+                show()
+                sys.exit(getattr(error, "exit_code", 2))
+            self._report_defect(error)
+        sys.exit(0)
+
+    def _report_defect(self, error: Exception) -> NoReturn:
+        """Say where a defect showed, without the values that a traceback may hold."""
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exception(error)
+        places = traceback.extract_tb(error.__traceback__)
+        where = " < ".join(f"{Path(at.filename).name}:{at.lineno}" for at in reversed(places[-3:]))
+        self.say(
+            f"error: a defect of fedpeft: {type(error).__name__} at {where}; please report it "
+            f"({DEBUG}=1 shows more, possibly private values)"
+        )
+        sys.exit(FedpeftError.exit_code)

@@ -1,0 +1,5 @@
+"""Evaluation of an adapter on records."""
+
+from fedpeft.evaluation.scoring import Score, score
+
+__all__ = ["Score", "score"]

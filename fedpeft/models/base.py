@@ -1,0 +1,102 @@
+"""Load the frozen base model, in full precision or as 4-bit NF4.
+
+At no time are there two copies of it: weights go from the mapped file to the
+device one tensor at a time, quantised on the way (Dettmers et al. 2023,
+arXiv:2305.14314).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from fedpeft.config import Quantization
+from fedpeft.errors import ModelError
+from fedpeft.models.fingerprint import fingerprint
+from fedpeft.models.source import require_complete
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A frozen base model in memory, with its tokenizer and identity."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    directory: Path
+    fingerprint: str
+    quantization: Quantization
+
+
+def load_base(
+    directory: Path, *, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> BaseModel:
+    """Load ``directory`` onto ``device`` with every weight frozen.
+
+    ``dtype`` is that of computation and of the weights that are not quantised.
+
+    Raises:
+        ModelError: the directory is incomplete or not a causal language model.
+    """
+    require_complete(directory)
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        network = cast(
+            "PreTrainedModel",
+            AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                device_map={"": device},
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
+            ),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the base model in {directory} cannot be loaded ({type(error).__name__}); "
+            "check that it is a complete causal language model for transformers"
+        ) from error
+    network.requires_grad_(False)
+    network.config.use_cache = False
+    return BaseModel(
+        network, load_tokenizer(directory), directory, fingerprint(directory), quantization
+    )
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer alone.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    require_complete(directory)
+    try:
+        return cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            ),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer in {directory} cannot be read ({type(error).__name__}); "
+            "copy the whole model directory again"
+        ) from error

@@ -1,0 +1,48 @@
+"""What clinic and server say to each other, over Flower's messages."""
+
+from fedpeft.protocol.job import PROTOCOL_VERSION, Job
+from fedpeft.protocol.records import (
+    ARRAYS,
+    CONFIG,
+    EVALUATE,
+    MESSAGE_TYPES,
+    METRICS,
+    NUM_EXAMPLES,
+    TRAIN,
+    TRAIN_NLL,
+    TRAIN_TOKENS,
+    VALID_NLL,
+    VALID_TOKENS,
+    array_record,
+    config_record,
+    job_from,
+    mean_loss,
+    metric_from,
+    metric_record,
+    state_from,
+    state_of,
+)
+
+__all__ = [
+    "ARRAYS",
+    "CONFIG",
+    "EVALUATE",
+    "MESSAGE_TYPES",
+    "METRICS",
+    "NUM_EXAMPLES",
+    "PROTOCOL_VERSION",
+    "TRAIN",
+    "TRAIN_NLL",
+    "TRAIN_TOKENS",
+    "VALID_NLL",
+    "VALID_TOKENS",
+    "Job",
+    "array_record",
+    "config_record",
+    "job_from",
+    "mean_loss",
+    "metric_from",
+    "metric_record",
+    "state_from",
+    "state_of",
+]

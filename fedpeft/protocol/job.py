@@ -1,0 +1,41 @@
+"""What the server asks a clinic to do in one message, in words both sides validate."""
+
+from pydantic import Field, ValidationError
+
+from fedpeft.config import AdapterSettings, Name, Quantization, Settings, TrainingSettings
+from fedpeft.errors import ConfigError
+
+PROTOCOL_VERSION = 1
+
+
+class Job(Settings):
+    """One round's work. It carries no path, no code and no choice of data."""
+
+    protocol: int = Field(default=PROTOCOL_VERSION, ge=PROTOCOL_VERSION, le=PROTOCOL_VERSION)
+    federation: Name
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    quantization: Quantization
+    adapter: AdapterSettings
+    training: TrainingSettings
+    round: int = Field(ge=0)
+    rounds: int = Field(ge=1)
+
+    def to_json(self) -> str:
+        """Return the job as JSON text."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """Read a job.
+
+        Raises:
+            ConfigError: it is not a job of this protocol version.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise ConfigError(
+                f"the server's job is not understood (at {where or 'its root'}); install the same "
+                "fedpeft release on both sides"
+            ) from None

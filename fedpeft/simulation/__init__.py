@@ -1,0 +1,1 @@
+"""Simulated federations: the same apps as on the real network, over three engines."""

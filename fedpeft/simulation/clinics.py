@@ -1,0 +1,40 @@
+"""The clinics of a simulation, from the ``[[clinic]]`` tables of a federation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedpeft.config import FederationSettings
+from fedpeft.errors import ConfigError
+from fedpeft_client.clinic import Clinic
+from fedpeft_client.settings import DataSettings
+
+
+def simulated_clinics(
+    settings: FederationSettings, model: Path, *, relative_to: Path
+) -> Sequence[Clinic]:
+    """Return the clinics in the order of the file; data paths count from ``relative_to``.
+
+    Raises:
+        ConfigError: there are fewer clinics than ``rounds.minimum_clinics``.
+    """
+    minimum = settings.rounds.minimum_clinics
+    if len(settings.clinic) < minimum:
+        raise ConfigError(
+            f"the federation has {len(settings.clinic)} [[clinic]] entries where "
+            f"rounds.minimum_clinics = {minimum}; add clinics or lower the minimum"
+        )
+    return [
+        Clinic(
+            name=entry.name,
+            federation=settings.name,
+            model=model,
+            data=DataSettings(
+                train=relative_to / entry.train,
+                valid=entry.valid and relative_to / entry.valid,
+                format=entry.format,
+                skip_bad_rows=entry.skip_bad_rows,
+            ),
+            dtype=settings.model.dtype,
+        )
+        for entry in settings.clinic
+    ]

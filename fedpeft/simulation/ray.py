@@ -1,0 +1,155 @@
+"""The ``ray`` engine: Flower's own simulation, for many cores or machines.
+
+Every Ray actor is a process that loads the base model for itself, so it costs
+more memory than ``local``; needs ``pip install 'fedpeft[ray]'``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import PARTITION_ID_KEY
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft.errors import FederationError
+from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft.simulation.wire import wire_bytes
+from fedpeft_client.app import ClinicWork
+from fedpeft_client.clinic import Clinic
+from fedpeft_server.rounds import Federation
+from fedpeft_server.wire_meter import WireMeter
+
+_WHICH_CLINIC = "query.clinic"
+_ANSWER_S = 300.0
+
+_work: dict[tuple[Clinic, ...], ClinicWork] = {}
+"""The handlers of this process (a Ray actor), which keep the base model loaded."""
+
+
+class RayLink:
+    """The ``ray`` engine as the round loop sees it, from inside its ServerApp."""
+
+    def __init__(self, grid: Grid, clinics: Sequence[Clinic]) -> None:
+        self.meter = WireMeter()
+        self.grid = cast("Grid", _MeteredGrid(grid, self.meter))
+        self._names = _ask_names(grid, clinics)
+
+    def names(self) -> dict[int, str]:
+        """Return the clinics' names by node id."""
+        return dict(self._names)
+
+    def node_of(self, reply: Message) -> int:
+        """Return the node that sent ``reply``."""
+        return reply.metadata.src_node_id
+
+
+class _MeteredGrid:
+    """A grid that counts the bytes of what it sends and receives."""
+
+    def __init__(self, grid: Grid, meter: WireMeter) -> None:
+        self._grid = grid
+        self._meter = meter
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._grid, name)
+
+    def send_and_receive(
+        self, messages: Sequence[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        outgoing = list(messages)
+        self._meter.add(down=sum(map(wire_bytes, outgoing)))
+        replies = list(self._grid.send_and_receive(outgoing, timeout=timeout))
+        self._meter.add(up=sum(wire_bytes(reply) for reply in replies if reply.has_content()))
+        return replies
+
+
+def run_ray(federation: Federation, clinics: Sequence[Clinic]) -> None:
+    """Run ``federation`` on Flower's simulation runtime, one CPU for an actor.
+
+    Raises:
+        FederationError: Ray is not installed, or its runtime failed.
+    """
+    require_pinned_flower()
+    try:
+        import ray  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from flwr.simulation import run_simulation
+    except ImportError:
+        raise FederationError(
+            "the engine 'ray' is not installed; run `pip install 'fedpeft[ray]'` or use "
+            "--engine local"
+        ) from None
+    failures: list[BaseException] = []
+    server_app = _server_app(federation, clinics, failures)
+    quiet_flower_log()
+    run_simulation(
+        server_app,
+        _client_app(tuple(clinics)),
+        num_supernodes=len(clinics),
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+    )
+    if failures:
+        raise failures[0]
+
+
+def _server_app(
+    federation: Federation, clinics: Sequence[Clinic], failures: list[BaseException]
+) -> ServerApp:
+    app = ServerApp()
+
+    def main(grid: Grid, _context: Context) -> None:
+        try:
+            federation.run(RayLink(grid, clinics))
+        except BaseException as error:
+            # Flower runs this in a thread and keeps the error to itself.
+            failures.append(error)
+
+    app.main()(main)
+    return app
+
+
+def _client_app(clinics: tuple[Clinic, ...]) -> ClientApp:
+    """Return an app whose handlers find their state in the process that they run in."""
+    app = ClientApp()
+
+    def handler(action: Callable[[ClinicWork], Callable[[Message, Context], Message]]):
+        def handle(message: Message, context: Context) -> Message:
+            return action(_work_of(clinics))(message, context)
+
+        return handle
+
+    app.train()(handler(lambda work: work.train))
+    app.evaluate()(handler(lambda work: work.evaluate))
+    app.query("clinic")(_tell_partition)
+    return app
+
+
+def _work_of(clinics: tuple[Clinic, ...]) -> ClinicWork:
+    if clinics not in _work:
+        _work[clinics] = ClinicWork(lambda context: clinics[_partition(context)])
+    return _work[clinics]
+
+
+def _partition(context: Context) -> int:
+    return int(cast("int", context.node_config[PARTITION_ID_KEY]))
+
+
+def _tell_partition(message: Message, context: Context) -> Message:
+    record = ConfigRecord({PARTITION_ID_KEY: _partition(context)})
+    return Message(RecordDict({"clinic": record}), reply_to=message)
+
+
+def _ask_names(grid: Grid, clinics: Sequence[Clinic]) -> dict[int, str]:
+    """Flower gives simulated nodes random ids: ask each which clinic it stands for."""
+    messages = [Message(RecordDict(), node, _WHICH_CLINIC) for node in grid.get_node_ids()]
+    names: dict[int, str] = {}
+    for reply in grid.send_and_receive(messages, timeout=_ANSWER_S):
+        if reply.has_content():
+            record = cast("ConfigRecord", reply.content["clinic"])
+            names[reply.metadata.src_node_id] = clinics[cast("int", record[PARTITION_ID_KEY])].name
+    if len(names) != len(clinics):
+        raise FederationError(
+            f"Ray started {len(names)} of {len(clinics)} simulated clinics; use --engine local, or "
+            "see Ray's own messages"
+        )
+    return names

@@ -1,0 +1,68 @@
+"""Run a whole federation of ``federation.toml`` on this machine, over one of three engines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedpeft.config import FederationSettings
+from fedpeft.models import adapter_schema, fingerprint, require_fingerprint, resolve_base
+from fedpeft.simulation.clinics import simulated_clinics
+from fedpeft.training import Observer
+from fedpeft_client.clinic import Clinic
+from fedpeft_server.rounds import Federation, Watcher
+from fedpeft_server.run_directory import RunDirectory
+from fedpeft_strategies import build_strategy
+
+Engine = Literal["local", "flower", "ray"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is to be simulated; paths in ``settings`` count from ``relative_to``."""
+
+    settings: FederationSettings
+    relative_to: Path
+    out: Path
+    engine: Engine = "local"
+
+
+def simulate(simulation: Simulation, watcher: Watcher, observe: Observer | None = None) -> None:
+    """Run the simulation, or go on with it where it stopped; the results are in ``out``.
+
+    ``observe`` is told of single training steps, by the ``local`` engine only.
+
+    Raises:
+        FedpeftError: of the kind that says what went wrong.
+    """
+    settings = simulation.settings
+    model = resolve_base(settings.model.base, relative_to=simulation.relative_to)
+    if settings.model.fingerprint is not None:
+        require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
+    clinics = simulated_clinics(settings, model, relative_to=simulation.relative_to)
+    schema = adapter_schema(model, settings.adapter)
+    strategy = build_strategy(settings.strategy.name, schema)
+    directory = RunDirectory(simulation.out, settings, engine=simulation.engine)
+    federation = Federation(settings, schema, strategy, directory, watcher)
+    _run_on(simulation, federation, clinics, observe)
+
+
+def _run_on(
+    simulation: Simulation,
+    federation: Federation,
+    clinics: Sequence[Clinic],
+    observe: Observer | None,
+) -> None:
+    """Hand the federation to the engine; each is imported only where it is used."""
+    if simulation.engine == "local":
+        from fedpeft.simulation.local import run_local
+
+        run_local(federation, clinics, observe)
+    elif simulation.engine == "flower":
+        from fedpeft.simulation.flower import run_flower
+
+        run_flower(federation, clinics, simulation.settings, simulation.out)
+    else:
+        from fedpeft.simulation.ray import run_ray
+
+        run_ray(federation, clinics)

@@ -1,0 +1,135 @@
+"""The program ``fedpeft-server``: make a site, invite clinics, run rounds."""
+
+import logging
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft.console import Program
+from fedpeft.errors import ConfigError, StorageError
+
+program = Program(
+    "fedpeft-server",
+    "Run the central site of a federation: invite clinics and aggregate their updates.",
+)
+_Directory = Annotated[
+    Path, typer.Argument(help="the directory that `fedpeft-server init` made", metavar="[DIR]")
+]
+_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
+
+
+@program.app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="a new directory for the site")],
+    address: Annotated[str, typer.Option(help="host:port as the clinics will reach it")],
+    name: Annotated[str, typer.Option(help="name of the federation")] = "federation",
+    base: Annotated[str, typer.Option(help="directory of the base model")] = "embedded",
+) -> None:
+    """Make a site: configuration to edit, a certificate authority, a server certificate.
+
+    Reads nothing; writes DIR; sends nothing.
+    """
+    from fedpeft_server.site import create_site
+
+    site = create_site(directory, address=address, name=name, base=base)
+    program.say(
+        f"made the site of federation {site.federation.name} in {directory}; edit "
+        f"{directory / 'federation.toml'}, then run: fedpeft-server invite NAME --dir {directory}"
+    )
+
+
+@program.app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="the clinic's name")],
+    directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
+    expires: Annotated[str, typer.Option(help="how long it is good: 30m, 48h, 7d")] = "48h",
+    out: Annotated[Path | None, typer.Option(help="the file to write")] = None,
+) -> None:
+    """Write an invitation for one clinic; hand it over in private, it is good once.
+
+    Reads and writes DIR/state; writes the invitation file (mode 600); sends nothing.
+    """
+    from fedpeft_server.site import open_site
+
+    target = out or Path(f"{name}.invitation.json")
+    if target.exists():
+        raise StorageError(f"{target} exists; name another file with --out")
+    invitation = open_site(directory).enrolments().create_invitation(name, _seconds(expires))
+    invitation.write(target)
+    program.say(
+        f"wrote {target}, good once until {invitation.expires:%Y-%m-%d %H:%M} UTC; on the box: "
+        f"fedpeft-client join {target.name} --dir ... --model ... --train ..."
+    )
+
+
+@program.app.command()
+def start(
+    directory: _Directory = Path(),
+    out: Annotated[Path | None, typer.Option(help="results; default DIR/run")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="table.key=value over federation.toml")
+    ] = None,
+) -> None:
+    """Serve enrolments and run the rounds; Ctrl-C stops, and the next start goes on.
+
+    Reads DIR and the base model's configuration and fingerprint; writes DIR/state
+    and the results; sends clinics the job and the adapter.
+    """
+    from fedpeft.models import adapter_schema, fingerprint, require_fingerprint, resolve_base
+    from fedpeft_server.app import build_server_app
+    from fedpeft_server.narration import Narration
+    from fedpeft_server.rounds import Federation
+    from fedpeft_server.run_directory import RunDirectory
+    from fedpeft_server.site import open_site
+    from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+    from fedpeft_strategies import build_strategy
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.captureWarnings(capture=True)
+    site = open_site(directory, overrides)
+    settings = site.federation
+    model = resolve_base(settings.model.base, relative_to=directory)
+    if settings.model.fingerprint is not None:
+        require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
+    schema = adapter_schema(model, settings.adapter)
+    results = out or directory / "run"
+    federation = Federation(
+        settings,
+        schema,
+        build_strategy(settings.strategy.name, schema),
+        RunDirectory(results, settings, engine="flower"),
+        Narration(program.say, settings.rounds.count),
+    )
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, _interrupt)
+    _, port = site.host_and_port
+    place = SuperLinkSettings(
+        directory=site.state,
+        host=site.listen.listen,
+        port=port,
+        max_message_bytes=site.listen.max_message_mb << 20,
+    )
+    with SuperLink(place, site.authority, site.enrolments(), stop=stop) as link:
+        program.say(f"listening on {site.listen.address} for federation {settings.name}")
+        link.run(build_server_app(federation, link))
+    program.say(f"finished {settings.rounds.count} rounds; the adapter is in {results / 'adapter'}")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,4})([mhd])", text.strip())
+    if match is None or not int(match[1]):
+        raise ConfigError(f"--expires {text!r} is no period; write 30m, 48h or 7d")
+    return int(match[1]) * _UNITS_S[match[2]]
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    program.run()

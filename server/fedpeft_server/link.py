@@ -1,0 +1,30 @@
+"""What the round loop needs to know of the engine below it, besides Flower's Grid."""
+
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedpeft_server.wire_meter import WireMeter
+
+
+class Link(Protocol):
+    """The engine's side of a federation."""
+
+    @property
+    def grid(self) -> Grid:
+        """Flower's grid; ``get_node_ids`` gives the clinics that are connected now."""
+        ...
+
+    @property
+    def meter(self) -> WireMeter:
+        """What was measured on the wire so far."""
+        ...
+
+    def names(self) -> dict[int, str]:
+        """Return the names of all enrolled clinics by node id."""
+        ...
+
+    def node_of(self, reply: Message) -> int:
+        """Return the node that ``reply`` is about, also when Flower made it up itself."""
+        ...

@@ -1,0 +1,212 @@
+"""A run on disk: every finished round, the last adapter and the summary.
+
+    run.json                what the run is, to recognise it when it goes on
+    rounds/N/adapter/       the adapter after round N (stock PEFT; N = 0: the start)
+    rounds/N/round.json     what happened in round N
+    adapter/                the adapter after the last finished round
+    summary.json            everything above in one file
+
+A round appears by one rename, so it is there whole or not at all.
+"""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter, save_adapter
+from fedpeft.config import FederationSettings
+from fedpeft.errors import StorageError
+from fedpeft.storage import explained, sync_directory, write_atomically
+
+SCHEMA = 1
+_BESIDE = {"data", "logs", "compared"}
+"""What simulations put beside a run."""
+_FREE_TO_CHANGE = {"rounds"}
+"""Settings that may differ when a run goes on: they do not change what a round computes."""
+
+
+class FailedClinic(BaseModel):
+    """A clinic whose answer was not used, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    clinic: str
+    reason: str
+
+
+class RoundRecord(BaseModel):
+    """What happened in one round; losses in nats per target token, None if unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    round: int
+    participants: tuple[str, ...]
+    failed: tuple[FailedClinic, ...]
+    train_loss: float | None
+    valid_loss: float | None
+    per_clinic: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+class RunDirectory:
+    """The files of one run of one federation."""
+
+    def __init__(self, path: Path, settings: FederationSettings, *, engine: str) -> None:
+        self.path = path
+        self._settings = settings
+        self._engine = engine
+
+    def open(self, fingerprint: str) -> int | None:
+        """Create the run, or find it again; return the last finished round, None if there is none.
+
+        Raises:
+            StorageError: the directory holds something else, or another run.
+        """
+        identity = self._identity(fingerprint)
+        known = self.path / "run.json"
+        if known.is_file():
+            if _read_json(known) != identity:
+                raise StorageError(
+                    f"{self.path} holds a run with other settings, data or base model; "
+                    "choose another --out, or remove that directory to start over"
+                )
+        elif self.path.exists() and {item.name for item in self.path.iterdir()} - _BESIDE:
+            raise StorageError(
+                f"{self.path} is not empty and holds no run of fedpeft; choose another --out"
+            )
+        else:
+            write_atomically(known, _json_bytes(identity))
+        rounds = self._finished()
+        return rounds[-1] if rounds else None
+
+    def _identity(self, fingerprint: str) -> dict[str, Any]:
+        settings = self._settings.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+        count = self._settings.rounds.count
+        return {
+            "schema": SCHEMA,
+            "engine": self._engine,
+            "fingerprint": fingerprint,
+            "rounds": count,
+            "settings": settings,
+        }
+
+    def _finished(self) -> list[int]:
+        """Return the finished rounds 0, 1, ... up to the first gap."""
+        rounds: list[int] = []
+        while (self._round_path(len(rounds)) / "round.json").is_file():
+            rounds.append(len(rounds))
+        return rounds
+
+    def _round_path(self, number: int) -> Path:
+        return self.path / "rounds" / str(number)
+
+    def adapter_of(self, number: int, schema: AdapterSchema) -> AdapterState:
+        """Return the adapter after round ``number``.
+
+        Raises:
+            AdapterError: its files are damaged.
+        """
+        return load_adapter(self._round_path(number) / "adapter", schema)
+
+    def records(self) -> list[RoundRecord]:
+        """Return what happened in all finished rounds, from round 0 on.
+
+        Raises:
+            StorageError: a record is damaged.
+        """
+        records: list[RoundRecord] = []
+        for number in self._finished():
+            path = self._round_path(number) / "round.json"
+            try:
+                records.append(RoundRecord.model_validate_json(path.read_bytes()))
+            except (OSError, ValidationError):
+                raise StorageError(
+                    f"{path} is damaged; remove the directory of that round and of those after "
+                    "it, and the run goes on from the one before"
+                ) from None
+        return records
+
+    def save_round(self, record: RoundRecord, state: AdapterState) -> None:
+        """Make a finished round durable, then the last adapter and the summary.
+
+        Raises:
+            StorageError: the disk is full or read-only; the rounds before stay as they are.
+        """
+        final = self._round_path(record.round)
+        temporary = final.with_name(f".{record.round}.tmp")
+        with explained("write", temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self._save_adapter(state, temporary / "adapter")
+        write_atomically(temporary / "round.json", record.model_dump_json(indent=2).encode())
+        with explained("write", final):
+            temporary.rename(final)
+            sync_directory(final.parent)
+        self._save_adapter(state, self.path / "adapter")
+        self.write_summary(state.schema.fingerprint)
+
+    def _save_adapter(self, state: AdapterState, directory: Path) -> None:
+        save_adapter(state, self._settings.adapter, directory, base_name=self._settings.model.base)
+
+    def write_summary(self, fingerprint: str) -> dict[str, Any]:
+        """Write ``summary.json`` from the finished rounds and return it."""
+        records = self.records()
+        base = records[0] if records else None
+        evaluated = [record for record in records if record.valid_loss is not None]
+        final = evaluated[-1] if evaluated else None
+        names = sorted({name for record in evaluated for name in record.per_clinic})
+        summary: dict[str, Any] = {
+            "schema": SCHEMA,
+            "federation": self._settings.name,
+            "engine": self._engine,
+            "strategy": self._settings.strategy.name,
+            "model": {
+                "base": self._settings.model.base,
+                "fingerprint": fingerprint,
+                "quantization": self._settings.model.quantization,
+            },
+            "rounds": [
+                record.model_dump(mode="json", exclude={"per_clinic"}) for record in records[1:]
+            ],
+            "valid_loss": {
+                "base": base.valid_loss if base else None,
+                "final": final.valid_loss if final else None,
+                "per_clinic": {
+                    name: {
+                        "base": base.per_clinic.get(name) if base else None,
+                        "final": _latest(evaluated, name),
+                    }
+                    for name in names
+                },
+            },
+            "exact_match": None,
+            "privacy": None,
+            "peak_rss_mb": peak_rss_mb(),
+        }
+        write_atomically(self.path / "summary.json", _json_bytes(summary))
+        return summary
+
+
+def peak_rss_mb() -> float:
+    """Return the most memory that this process has held, in MB (10^6 bytes)."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+
+
+def _latest(records: list[RoundRecord], name: str) -> float | None:
+    losses = [record.per_clinic[name] for record in records if name in record.per_clinic]
+    return losses[-1] if losses else None
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError):
+        raise StorageError(f"{path} cannot be read; choose another --out") from None

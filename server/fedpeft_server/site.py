@@ -1,0 +1,146 @@
+"""The central site on disk: the directory that ``fedpeft-server init`` makes.
+
+federation.toml     what the federation does
+server.toml         where the server listens
+keys/               certificate authority and server certificate (keys mode 600)
+state/              enrolments and Flower's messages
+run/                rounds, adapter and summary (see run_directory.py)
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from fedpeft.config import FederationSettings, Name, Settings, load_settings
+from fedpeft.errors import ConfigError, StorageError
+from fedpeft.storage import write_atomically
+from fedpeft_server.enrolment import Enrolments
+from fedpeft_server.pki import Authority, create_authority, split_address
+
+FEDERATION_FILE = "federation.toml"
+SERVER_FILE = "server.toml"
+DEFAULT_PORT = 8443
+
+
+class ListenSettings(Settings):
+    """The whole of ``server.toml``."""
+
+    address: str
+    """``host:port`` as the clinics reach it; the certificate is made out to this host."""
+    listen: str = "0.0.0.0"  # noqa: S104 - clinics are on other machines
+    """The local interface to listen on."""
+    max_message_mb: int = Field(default=1024, ge=1)
+    """MiB of one clinic's answer."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A central site whose configuration was read."""
+
+    directory: Path
+    listen: ListenSettings
+    federation: FederationSettings
+    authority: Authority
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """Host and port of the public address."""
+        host, port = split_address(self.listen.address)
+        return host, port or DEFAULT_PORT
+
+    @property
+    def state(self) -> Path:
+        """Directory of the server's databases."""
+        return self.directory / "state"
+
+    def enrolments(self) -> Enrolments:
+        """Open the invitations and clinics.
+
+        Raises:
+            StorageError: the file cannot be used.
+        """
+        self.state.mkdir(mode=0o700, exist_ok=True)
+        host, port = self.host_and_port
+        name = f"[{host}]" if ":" in host else host
+        return Enrolments(
+            self.state / "enrolment.db",
+            federation=self.federation.name,
+            server=f"{name}:{port}",
+            ca_pem=self.authority.ca_pem(),
+        )
+
+
+def create_site(directory: Path, *, address: str, name: Name, base: str) -> Site:
+    """Make a new site with its own certificate authority.
+
+    Raises:
+        StorageError: the directory is not empty or cannot be written.
+        ConfigError: ``address`` or ``name`` cannot be used.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise StorageError(f"{directory} is not empty; name a new directory for the site")
+    split_address(address)
+    text = _FEDERATION.format(name=json.dumps(name), base=json.dumps(base))
+    listen = _SERVER.format(address=json.dumps(address))
+    create_authority(directory / "keys", address)
+    write_atomically(directory / FEDERATION_FILE, text.encode())
+    write_atomically(directory / SERVER_FILE, listen.encode())
+    return open_site(directory)
+
+
+def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
+    """Read a site; ``overrides`` are ``--set`` values for its ``federation.toml``.
+
+    Raises:
+        ConfigError: there is no site, or a file has a fault.
+        StorageError: keys are missing or open to other users.
+    """
+    if not (directory / SERVER_FILE).is_file():
+        raise ConfigError(
+            f"{directory} has no {SERVER_FILE}; make a site first: fedpeft-server init {directory}"
+        )
+    return Site(
+        directory=directory,
+        listen=load_settings(ListenSettings, directory / SERVER_FILE),
+        federation=load_settings(FederationSettings, directory / FEDERATION_FILE, overrides or []),
+        authority=Authority.load(directory / "keys"),
+    )
+
+
+_SERVER = """# Where the server listens. Invitations carry this address.
+address = {address}
+listen = "0.0.0.0"            # the local interface
+max_message_mb = 1024         # MiB of one clinic's answer
+"""
+
+_FEDERATION = """# What the federation does. Every setting stands in docs/configuration.md.
+name = {name}
+
+[model]
+base = {base}                 # directory of the base model; never loaded here, only identified
+quantization = "none"         # "nf4": clinics hold the base in 4 bits
+
+[adapter]
+rank = 8
+alpha = 16.0
+target_modules = "all-linear"
+
+[training]
+learning_rate = 2e-4
+batch_size = 8                # rows in one optimiser step
+local_epochs = 1              # passes over the clinic's rows in a round
+max_length = 512              # tokens
+schedule = "cosine"           # over all rounds
+
+[rounds]
+count = 5
+minimum_clinics = 2
+timeout_s = 3600.0            # for one answer
+wait_s = 86400.0              # for the minimum of clinics to connect
+gather_s = 30.0               # for the other enrolled clinics
+
+[strategy]
+name = "fedavg"
+"""

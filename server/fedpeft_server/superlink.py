@@ -1,0 +1,370 @@
+"""Flower's server, embedded: one public TLS socket, one run, no code sent to anyone.
+
+Flower normally serves its administrative APIs beside the clinics' one, starts a
+process for each run and ships code to the clinics. Here a run is opened in the
+message store directly, and the server's app is called in this process.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import sqlite3
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self, TypeVar
+
+from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    TRANSPORT_TYPE_GRPC_RERE,
+    Status,
+    SubStatus,
+)
+from flwr.server.superlink.linkstate import LinkState
+from flwr.serverapp import ServerApp
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+
+from fedpeft.errors import FederationError, StorageError
+from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft_server.enrolment import Enrolments
+from fedpeft_server.grid import Arrival, FederationGrid
+from fedpeft_server.listener import Listener, bind, tls_context
+from fedpeft_server.pki import Authority
+from fedpeft_server.public_door import PublicDoor
+from fedpeft_server.wire_meter import WireMeter, metered_protocol
+
+FAB_ID: Final = "fedpeft/fedpeft"
+"""The app name that fixed clients answer to; no app is ever packed or sent under it."""
+
+# The store gives a run up after 60 s without a sign of life.
+_HEARTBEAT_S: Final = 15.0
+_COMPACT_ABOVE_BYTES: Final = 64 << 20
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperLinkSettings:
+    """Where the server listens and keeps its messages, and how much it takes in.
+
+    ``max_request_bytes`` bounds one HTTP request, of which a large message
+    takes one for every 5 MB; ``max_message_bytes`` bounds one clinic's reply.
+    """
+
+    directory: Path
+    host: str = "0.0.0.0"  # noqa: S104 - clinics are on other machines
+    port: int = 8443
+    poll_s: float = 0.2
+    max_request_bytes: int = 16 << 20
+    max_message_bytes: int = 1 << 30
+
+
+class SuperLink:
+    """The running server; use it as a context manager.
+
+    Entering binds the port, opens the message store and starts a new run.
+    Leaving ends the run (as failed, unless :meth:`finish` or :meth:`run` said
+    otherwise) and stops within seconds. Clinics that enrolled earlier keep
+    working, as their keys and ids persist in ``settings.directory``.
+
+    Raises on entering:
+        FlowerPinError: another Flower version is installed.
+        PortInUse, ConnectionFailed: the address cannot be listened on.
+        StorageError: the directory cannot be used, or another server uses it.
+    """
+
+    def __init__(
+        self,
+        settings: SuperLinkSettings,
+        authority: Authority,
+        enrolments: Enrolments,
+        *,
+        stop: threading.Event | None = None,
+        on_arrival: Arrival | None = None,
+    ) -> None:
+        self.meter = WireMeter()
+        self.stop = stop or threading.Event()
+        self._settings = settings
+        self._authority = authority
+        self._enrolments = enrolments
+        self._on_arrival = on_arrival
+        self._opened = contextlib.ExitStack()
+        self._state: LinkState | None = None
+        self._listener: Listener | None = None
+        self._grid: FederationGrid | None = None
+        self._task_id: int | None = None
+
+    def __enter__(self) -> Self:
+        require_pinned_flower()
+        quiet_flower_log()
+        with contextlib.ExitStack() as opened:
+            bound = bind(self._settings.host, self._settings.port)
+            opened.callback(bound.close)
+            opened.enter_context(_only_server(self._settings.directory))
+            app = create_app(_flower_config(_database(self._settings.directory)), SuperLinkLifespan)
+            state: LinkState = app.state.linkstate_factory.state()
+            opened.callback(_close_store, state)
+            self._state = state
+            _end_old_runs(state)
+            _compact(self._settings.directory)
+            for clinic in self._enrolments.clinics():
+                self._ensure_node(clinic.name, clinic.public_key)
+            door = PublicDoor(
+                app,
+                member_keys=self._member_keys,
+                enrol=self._enrol,
+                max_request_bytes=self._settings.max_request_bytes,
+                max_message_bytes=self._settings.max_message_bytes,
+            )
+            self._listener = Listener(
+                door,
+                bound,
+                tls=tls_context(self._authority),
+                protocol=metered_protocol(self.meter),
+            )
+            opened.callback(self._listener.stop)
+            self._start_run(state, opened)
+            self._listener.start()
+            opened.callback(self.finish, False)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._opened.close()
+        self._state = self._listener = self._grid = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port that clinics reach; useful when the settings said 0."""
+        return _entered(self._listener).port
+
+    @property
+    def grid(self) -> FederationGrid:
+        """The way to send messages and collect replies."""
+        return _entered(self._grid)
+
+    def connected(self) -> dict[int, str]:
+        """Return node id and clinic name of the clinics that are online.
+
+        A clinic that vanished without a word counts as online for 60 s more.
+        """
+        online = {
+            node.node_id
+            for node in _entered(self._state).get_node_info(statuses=[NodeStatus.ONLINE])
+        }
+        return {node: name for node, name in self.names().items() if node in online}
+
+    def names(self) -> dict[int, str]:
+        """Return node id and clinic name of all enrolled clinics."""
+        return {
+            clinic.node_id: clinic.name
+            for clinic in self._enrolments.clinics()
+            if clinic.node_id is not None
+        }
+
+    def node_of(self, reply: Message) -> int:
+        """Return the node that ``reply`` is about, also when Flower made it up itself."""
+        return self.grid.node_of(reply)
+
+    def run(self, server_app: ServerApp) -> None:
+        """Call ``server_app`` in this thread and end the run whatever happens.
+
+        Whatever the app raises, Ctrl-C included, is raised again here.
+        """
+        grid = self.grid
+        context = Context(
+            run_id=grid.run.run_id,
+            node_id=SUPERLINK_NODE_ID,
+            node_config={},
+            state=RecordDict(),
+            run_config={},
+        )
+        completed = False
+        try:
+            server_app(grid, context)
+            completed = True
+        finally:
+            self.finish(completed)
+
+    def finish(self, ok: bool) -> None:
+        """End the run and delete its messages; a second call does nothing."""
+        task_id, self._task_id = self._task_id, None
+        if task_id is None:
+            return
+        state = _entered(self._state)
+        state.finish_task(task_id, SubStatus.COMPLETED if ok else SubStatus.FAILED, "")
+        state.cleanup_run(self.grid.run.run_id)
+
+    def _start_run(self, state: LinkState, opened: contextlib.ExitStack) -> None:
+        run_id = state.create_run(
+            fab_id=FAB_ID,
+            fab_version="",
+            # There is no app to hash: clinics run the one they installed.
+            fab_hash="",
+            override_config={},
+            federation_id=NOOP_FEDERATION_ID,
+            federation_config=None,
+            flwr_aid=NOOP_FLWR_AID,
+            primary_task_type=TaskType.SERVER_APP,
+        )
+        task_id = _started_task(state, run_id)
+        run = _run(state, run_id)
+        # Flower's Message constructor reads the sender from this global.
+        TaskIdentity.task_id, TaskIdentity.run_id = task_id, run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        self._task_id = task_id
+        lost, ended = threading.Event(), threading.Event()
+        beating = threading.Thread(
+            target=_keep_alive, args=(state, task_id, lost, ended), name="fedpeft-run", daemon=True
+        )
+        beating.start()
+        opened.callback(beating.join)
+        opened.callback(ended.set)
+        self._grid = FederationGrid(
+            state,
+            run,
+            connected=self.connected,
+            lost=lost,
+            stop=self.stop,
+            poll_s=self._settings.poll_s,
+            on_arrival=self._on_arrival,
+        )
+
+    def _member_keys(self) -> frozenset[bytes]:
+        return frozenset(each.public_key.encode("ascii") for each in self._enrolments.clinics())
+
+    def _enrol(self, token: str, public_key: str) -> dict[str, str]:
+        name = self._enrolments.redeem(token, public_key)
+        for clinic in self._enrolments.clinics():
+            if clinic.name == name:
+                self._ensure_node(name, clinic.public_key)
+        return {"clinic": name, "federation": self._enrolments.federation}
+
+    def _ensure_node(self, name: str, public_key: str) -> None:
+        state, key = _entered(self._state), public_key.encode("ascii")
+        node_id = state.get_node_id_by_public_key(key)
+        if node_id is None:
+            node_id = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
+        self._enrolments.set_node_id(name, node_id)
+
+
+def _entered(part: _Part | None) -> _Part:
+    if part is None:
+        raise FederationError("the server is not running: use it inside its `with` block")
+    return part
+
+
+def _flower_config(database: Path) -> SuperLinkLifespanConfig:
+    return SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=0,
+        insecure=True,
+        certificates=None,
+        # No socket serves the call that asks for it; if one ever did, nobody knows it.
+        superexec_auth_secret=secrets.token_bytes(32),
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(database),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+
+
+def _database(directory: Path) -> Path:
+    database = directory / "flower.db"
+    # Created here, as SQLite would create it readable for everyone.
+    database.touch(mode=0o600)
+    return database
+
+
+@contextlib.contextmanager
+def _only_server(directory: Path):
+    """Hold the directory, so that a second server cannot end this one's run."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StorageError(
+            f"the server's directory {directory} cannot be used ({error.strerror}): "
+            "check that it belongs to you and that the disk has space"
+        ) from error
+    lock: IO[bytes] = os.fdopen(descriptor, "r+b")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another fedpeft-server is running on {directory}: stop it first"
+            ) from error
+        yield
+
+
+def _end_old_runs(state: LinkState) -> None:
+    """End what a killed server left open, lest clinics train for a run nobody waits for."""
+    for run in state.get_run_info(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]):
+        state.stop_run(run.run_id)
+        state.cleanup_run(run.run_id)
+
+
+def _compact(directory: Path) -> None:
+    """Give the space of deleted messages back to the disk."""
+    database = directory / "flower.db"
+    if database.stat().st_size > _COMPACT_ABOVE_BYTES:
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("VACUUM")
+
+
+def _started_task(state: LinkState, run_id: int) -> int:
+    for task in state.get_tasks(run_ids=[run_id]):
+        if state.claim_task(task.task_id) and state.activate_task(task.task_id):
+            return task.task_id
+    raise FederationError("Flower did not open a run, see the log for the reason")
+
+
+def _run(state: LinkState, run_id: int) -> Run:
+    return state.get_run_info(run_ids=[run_id])[0]
+
+
+def _keep_alive(
+    state: LinkState, task_id: int, lost: threading.Event, ended: threading.Event
+) -> None:
+    while not ended.wait(_HEARTBEAT_S):
+        if not state.acknowledge_task_heartbeat(task_id):
+            lost.set()
+            return
+
+
+def _close_store(state: LinkState) -> None:
+    # Flower leaves its database connections to the garbage collector.
+    for part in (state, state.object_store):
+        engine = getattr(part, "_engine", None)
+        if engine is not None:
+            engine.dispose()

@@ -1,0 +1,238 @@
+import json
+import socket
+import stat
+import time
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from fedpeft.errors import (
+    CertificateRefused,
+    ConfigError,
+    ConnectionFailed,
+    EnrolmentError,
+    StorageError,
+)
+from fedpeft_client.enrolment import join
+from fedpeft_client.fleet import load_key
+from fedpeft_server.enrolment import Enrolments
+from fedpeft_server.pki import create_authority
+from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+
+HOUR_S = 3600.0
+
+
+class Server:
+    """One running server for all tests here; each test invites clinics of its own."""
+
+    def __init__(self, directory, port) -> None:
+        self.address = f"localhost:{port}"
+        self.authority = create_authority(directory / "pki", self.address)
+        self.enrolments = Enrolments(
+            directory / "enrolment.db",
+            federation="heart",
+            server=self.address,
+            ca_pem=self.authority.ca_pem(),
+        )
+        self.link = SuperLink(
+            SuperLinkSettings(directory=directory / "server", host="127.0.0.1", port=port),
+            self.authority,
+            self.enrolments,
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = Server(tmp_path_factory.mktemp("server"), port)
+    with made.link:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def no_rate_limit(server):
+    server.link._listener._server.config.app._limiter._seen.clear()
+
+
+@pytest.fixture
+def invite(server, tmp_path, request):
+    def write(expires_in_s=HOUR_S, **changes):
+        name = f"clinic {abs(hash(request.node.name))} {time.monotonic_ns()}"
+        invitation = server.enrolments.create_invitation(name, expires_in_s)
+        document = json.loads(invitation.to_json()) | changes
+        path = tmp_path / f"{time.monotonic_ns()}.json"
+        path.write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+        return path
+
+    return write
+
+
+def test_joining_makes_a_key_and_says_what_to_configure(server, invite, tmp_path):
+    file = invite()
+
+    enrolment = join(file, tmp_path / "clinic")
+
+    assert enrolment.server == server.address
+    assert enrolment.federation == "heart"
+    assert enrolment.clinic == json.loads(file.read_text())["clinic"]
+    assert enrolment.ca.read_text() == server.authority.ca_pem()
+    assert enrolment.clinic in server.link.names().values()
+    assert sorted(path.name for path in (tmp_path / "clinic").iterdir()) == ["ca.pem", "key.pem"]
+
+
+def test_key_is_private_and_the_server_has_its_public_half(server, invite, tmp_path):
+    enrolment = join(invite(), tmp_path / "clinic")
+
+    assert stat.S_IMODE(enrolment.key.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "clinic").stat().st_mode) == 0o700
+    public = load_key(enrolment.key).public_key()
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    known = {clinic.name: clinic.public_key for clinic in server.enrolments.clinics()}
+    assert known[enrolment.clinic] == pem.decode()
+
+
+def test_enrolled_directory_is_not_joined_again(invite, tmp_path):
+    join(invite(), tmp_path / "clinic")
+    key = (tmp_path / "clinic" / "key.pem").read_bytes()
+
+    with pytest.raises(EnrolmentError, match="is enrolled in a federation already"):
+        join(invite(), tmp_path / "clinic")
+
+    assert (tmp_path / "clinic" / "key.pem").read_bytes() == key
+
+
+def test_used_invitation_is_refused(invite, tmp_path):
+    file = invite()
+    join(file, tmp_path / "first")
+
+    with pytest.raises(EnrolmentError, match="already used by another machine"):
+        join(file, tmp_path / "second")
+
+    assert not (tmp_path / "second" / "ca.pem").exists()
+
+
+def test_answer_that_was_lost_on_the_way_is_made_good_by_joining_again(invite, tmp_path):
+    file = invite()
+    join(file, tmp_path / "clinic")
+    # As if the connection had broken after the server accepted.
+    (tmp_path / "clinic" / "ca.pem").unlink()
+
+    assert join(file, tmp_path / "clinic").ca.exists()
+
+
+def test_invitation_that_expired_here_is_refused_unsent(invite, tmp_path):
+    file = invite(expires="2020-01-01T00:00:00+00:00")
+
+    with pytest.raises(EnrolmentError, match="expired at 2020-01-01"):
+        join(file, tmp_path / "clinic")
+
+    assert not (tmp_path / "clinic").exists()
+
+
+def test_invitation_that_expired_at_the_server_is_refused(invite, tmp_path):
+    file = invite(0.001, expires="2999-01-01T00:00:00+00:00")
+
+    with pytest.raises(EnrolmentError, match="the invitation has expired"):
+        join(file, tmp_path / "clinic")
+
+
+def test_unknown_token_is_refused(invite, tmp_path):
+    with pytest.raises(EnrolmentError, match="does not know this invitation"):
+        join(invite(token="x.y"), tmp_path / "clinic")
+
+
+def test_failure_leaves_only_a_key_that_the_next_attempt_uses(server, invite, tmp_path):
+    with pytest.raises(ConnectionFailed, match="cannot be reached"):
+        join(invite(server="localhost:1"), tmp_path / "clinic")
+    (left,) = (tmp_path / "clinic").iterdir()
+    key = left.read_bytes()
+
+    enrolment = join(invite(), tmp_path / "clinic")
+
+    assert left.name == "key.pem"
+    assert enrolment.key.read_bytes() == key
+
+
+def test_server_of_another_ca_is_refused(invite, tmp_path):
+    stranger = create_authority(tmp_path / "stranger", "localhost:1")
+
+    with pytest.raises(CertificateRefused, match="not issued by the federation's own CA"):
+        join(invite(ca=stranger.ca_pem()), tmp_path / "clinic")
+
+
+@pytest.mark.parametrize("ca", ["", "no certificate", "ü"])
+def test_damaged_ca_certificate_is_refused(invite, tmp_path, ca):
+    with pytest.raises(EnrolmentError, match="damaged"):
+        join(invite(ca=ca), tmp_path / "clinic")
+
+
+def test_too_many_attempts_are_told_to_wait(invite, tmp_path):
+    for _ in range(10):
+        with pytest.raises(EnrolmentError, match="does not know"):
+            join(invite(token="x.y"), tmp_path / "clinic")
+
+    with pytest.raises(EnrolmentError, match="wait a minute"):
+        join(invite(), tmp_path / "clinic")
+
+
+def test_missing_invitation_is_named(tmp_path):
+    with pytest.raises(EnrolmentError, match=r"none\.json cannot be read \(No such file"):
+        join(tmp_path / "none.json", tmp_path / "clinic")
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[]", "null", "[" * 5000, "x" * 70_000])
+def test_what_is_no_json_object_is_refused(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+
+    with pytest.raises(EnrolmentError, match="is not an invitation"):
+        join(tmp_path / "file", tmp_path / "clinic")
+
+
+@pytest.mark.parametrize("schema", [2, None, "1"])
+def test_other_schema_is_refused(invite, tmp_path, schema):
+    with pytest.raises(EnrolmentError, match="install the fedpeft version"):
+        join(invite(schema=schema), tmp_path / "clinic")
+
+
+@pytest.mark.parametrize("field", ["server", "federation", "clinic", "expires", "token", "ca"])
+@pytest.mark.parametrize("value", [None, 7])
+def test_missing_or_odd_fields_are_named(invite, tmp_path, field, value):
+    with pytest.raises(EnrolmentError, match=f"lacks a usable '{field}'"):
+        join(invite(**{field: value}), tmp_path / "clinic")
+
+
+@pytest.mark.parametrize("expires", ["", "soon", "2999-01-01T00:00:00"])
+def test_expiry_that_is_no_moment_is_refused(invite, tmp_path, expires):
+    with pytest.raises(EnrolmentError, match="is damaged"):
+        join(invite(expires=expires), tmp_path / "clinic")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["no host", "localhost", "localhost:port", "a@localhost:1", "a:1/b", "a:1?b", "", ":1"],
+)
+def test_address_that_is_none_is_refused(invite, tmp_path, address):
+    with pytest.raises(ConfigError, match="is not host:port"):
+        join(invite(server=address), tmp_path / "clinic")
+
+
+def test_token_is_in_no_error_and_no_repr(server, invite, tmp_path, caplog):
+    file = invite(server="localhost:1")
+    token = json.loads(file.read_text())["token"]
+
+    with pytest.raises(ConnectionFailed) as caught:
+        join(file, tmp_path / "clinic")
+
+    assert token not in str(caught.value)
+    assert token not in caplog.text
+
+
+def test_place_that_cannot_be_written_is_named(invite, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageError, match="cannot be written"):
+        join(invite(), tmp_path / "file" / "clinic")
