@@ -7,7 +7,7 @@ without a capital or full stop; stdout carries results that programs may read.
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,25 +41,25 @@ class Program:
         """Print one sentence for the person at the terminal."""
         people.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
 
-    def run(self) -> NoReturn:
-        """Run the command line and exit with the documented code."""
+    def run(self, arguments: Sequence[str] | None = None) -> NoReturn:
+        """Run a command line (None: this process's) and exit with the documented code."""
         try:
-            self.app(standalone_mode=False)
+            code = self.app(arguments, standalone_mode=False)
         except FedpeftError as error:
             self.say(f"error: {error}")
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, typer.Abort):
-            self.say("stopped; what was finished is kept")
-            sys.exit(INTERRUPTED_EXIT_CODE)
-        except typer.Exit as stop:
-            sys.exit(stop.exit_code)
+            code = INTERRUPTED_EXIT_CODE
         except Exception as error:
             show = getattr(error, "show", None)  # click's usage errors print themselves
             if isinstance(show, Callable):
                 show()
                 sys.exit(getattr(error, "exit_code", 2))
             self._report_defect(error)
-        sys.exit(0)
+        # Typer turns Ctrl-C and typer.Exit inside a command into the value it returns.
+        if code == INTERRUPTED_EXIT_CODE:
+            self.say("stopped; what was finished is kept")
+        sys.exit(code or 0)
 
     def _report_defect(self, error: Exception) -> NoReturn:
         """Say where a defect showed, without the values that a traceback may hold."""

@@ -105,8 +105,7 @@ def start(directory: _BoxDirectory = Path()) -> None:
     if box.settings.limits.threads is not None:
         torch.set_num_threads(box.settings.limits.threads)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     clinic = box.clinic
     work = ClinicWork(lambda _context: clinic, narrate_steps(program.say))
     settings = ConnectionSettings(
@@ -116,6 +115,19 @@ def start(directory: _BoxDirectory = Path()) -> None:
         max_payload_bytes=box.settings.limits.max_message_mb << 20,
     )
     serve(build_client_app(work), settings, stop=stop, on_event=narrate_events(program.say))
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """Let the first Ctrl-C finish the answer being computed, and the second end at once."""
+
+    def handle(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        program.say("stopping when the present answer is done; Ctrl-C again stops at once")
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def run() -> None:

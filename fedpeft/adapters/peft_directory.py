@@ -1,7 +1,8 @@
 """Adapters as stock PEFT directories, loadable with nothing of ours.
 
-``adapter_config.json`` and ``adapter_model.safetensors``; the base model's
-fingerprint travels in the safetensors metadata, which other tools ignore.
+``adapter_config.json`` and ``adapter_model.safetensors``, and beside them
+``fedpeft.json`` with the base model's fingerprint, which other tools ignore.
+The same adapter gives the same bytes.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -21,8 +23,25 @@ from fedpeft.storage import write_atomically
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_BEYOND_PLAIN_LORA = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
-_FINGERPRINT_KEY = "fedpeft.base_fingerprint"
+_BEYOND_PLAIN_LORA = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "exclude_modules",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+)
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin (``init_lora_weights``) that leave the adapter without meaning on the plain base."""
+_BASE_FILE = "fedpeft.json"
 
 
 def save_adapter(
@@ -36,11 +55,15 @@ def save_adapter(
     config = cast("dict[str, Any]", lora_config(settings, base_name).to_dict())
     config["target_modules"] = _listed(config["target_modules"])
     config["inference_mode"] = True
-    metadata = {"format": "pt", _FINGERPRINT_KEY: state.schema.fingerprint}
+    base = {"schema": 1, "base_fingerprint": state.schema.fingerprint}
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_atomically(directory / CONFIG_FILE, text.encode())
-    write_atomically(directory / WEIGHTS_FILE, save(tensors, metadata))
+    write_atomically(directory / CONFIG_FILE, _json_bytes(config))
+    write_atomically(directory / _BASE_FILE, _json_bytes(base))
+    write_atomically(directory / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _listed(target: str | set[str]) -> str | list[str]:
@@ -54,33 +77,53 @@ def load_settings_of(directory: Path) -> AdapterSettings:
         AdapterError: there is no adapter, or it is of a kind other than plain LoRA.
     """
     path = directory / CONFIG_FILE
-    try:
-        config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{directory} holds no readable {CONFIG_FILE} ({type(error).__name__}); "
-            "name a directory written by fedpeft or by PEFT's save_pretrained"
-        ) from None
-    unsupported = [key for key in _BEYOND_PLAIN_LORA if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        what = (
-            ", ".join(unsupported) or f"type {config.get('peft_type')}, bias {config.get('bias')}"
-        )
-        raise AdapterError(
-            f"{path} is not a plain LoRA adapter ({what}); such adapters are refused"
-        )
-    target = cast("str | list[str]", config["target_modules"])
+    config = _read_config(path)
+    _require_plain_lora(config, path)
+    target = config.get("target_modules")
     if isinstance(target, str) and target != "all-linear":
         raise AdapterError(
             f"{path} names its target modules by the pattern {target!r}; export the adapter with a "
             "list of module names"
         )
-    return AdapterSettings(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        target_modules="all-linear" if isinstance(target, str) else tuple(target),
-    )
+    try:
+        return AdapterSettings.model_validate(
+            {
+                "rank": config.get("r"),
+                "alpha": config.get("lora_alpha"),
+                "dropout": config.get("lora_dropout", 0.0),
+                "target_modules": target,
+            }
+        )
+    except ValidationError as error:
+        where = error.errors()[0]["loc"][0]
+        raise AdapterError(
+            f"{path} has no usable {where}; name a directory written by fedpeft or by PEFT's "
+            "save_pretrained"
+        ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError  # noqa: TRY301  (explained below)
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterError(
+            f"{path.parent} holds no readable {path.name} ({type(error).__name__}); "
+            "name a directory written by fedpeft or by PEFT's save_pretrained"
+        ) from None
+    return cast("dict[str, Any]", config)
+
+
+def _require_plain_lora(config: dict[str, Any], path: Path) -> None:
+    start = str(config.get("init_lora_weights", True))
+    beyond = [key for key in _BEYOND_PLAIN_LORA if config.get(key)]
+    beyond += ["init_lora_weights"] if start.startswith(_CHANGES_THE_BASE) else []
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or beyond:
+        what = ", ".join(beyond) or f"type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise AdapterError(
+            f"{path} is not a plain LoRA adapter ({what}); such adapters are refused"
+        )
 
 
 def load_adapter(directory: Path, schema: AdapterSchema) -> AdapterState:
@@ -90,24 +133,36 @@ def load_adapter(directory: Path, schema: AdapterSchema) -> AdapterState:
         AdapterError: the weights are missing or unreadable.
         SchemaMismatch: tensors, shapes or (where it is recorded) the base model differ.
     """
-    tensors, fingerprint = _read_weights(directory / WEIGHTS_FILE)
+    fingerprint = _recorded_base(directory)
     if fingerprint is not None and fingerprint != schema.fingerprint:
         raise SchemaMismatch(
             f"the adapter in {directory} belongs to base model {fingerprint[:12]}, not to "
             f"{schema.fingerprint[:12]}; use it with the base model that it was trained on"
         )
-    return AdapterState.from_tensors(tensors, schema)
+    return AdapterState.from_tensors(_read_weights(directory / WEIGHTS_FILE), schema)
 
 
-def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+def _recorded_base(directory: Path) -> str | None:
+    """Return the fingerprint that was recorded; None in a directory that others wrote."""
+    path = directory / _BASE_FILE
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["base_fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise AdapterError(
+            f"{path} is damaged, so it is unknown which base model the adapter belongs to; restore "
+            "it from another copy of the adapter"
+        ) from None
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             names = cast("list[str]", file.keys())
-            tensors = {name: cast("torch.Tensor", file.get_tensor(name)) for name in names}
-            metadata = cast("dict[str, str] | None", file.metadata())
+            return {name: cast("torch.Tensor", file.get_tensor(name)) for name in names}
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{path} cannot be read as adapter weights ({type(error).__name__}); "
             "name a directory written by fedpeft or by PEFT's save_pretrained"
         ) from None
-    return tensors, (metadata or {}).get(_FINGERPRINT_KEY)

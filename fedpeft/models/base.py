@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from fedpeft.config import Quantization
 from fedpeft.errors import ModelError
 from fedpeft.models.fingerprint import fingerprint
-from fedpeft.models.source import require_complete
+from fedpeft.models.source import NOT_A_MODEL, require_complete
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,28 +58,42 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        network = cast(
-            "PreTrainedModel",
-            AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype,
-                device_map={"": device},
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **options,
-            ),
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (*NOT_A_MODEL, SafetensorError, RuntimeError) as error:
         raise ModelError(
             f"the base model in {directory} cannot be loaded ({type(error).__name__}); "
             "check that it is a complete causal language model for transformers"
         ) from error
+    network, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    _require_all_weights(info["missing_keys"], directory)
+    if quantization == "nf4":
+        # Imported here: most clinics compute without bitsandbytes, which takes its time to load.
+        from fedpeft.models.four_bit import correct_on_cpu
+
+        correct_on_cpu(network)
     network.requires_grad_(False)
     network.config.use_cache = False
     return BaseModel(
         network, load_tokenizer(directory), directory, fingerprint(directory), quantization
     )
+
+
+def _require_all_weights(missing: set[str], directory: Path) -> None:
+    # transformers would fill them with random values, other ones on every machine.
+    if missing:
+        raise ModelError(
+            f"the weights in {directory} lack {len(missing)} tensors of the model that config.json "
+            f"describes, such as {min(missing)}; copy the whole model directory again"
+        )
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -95,7 +110,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
                 directory, local_files_only=True, trust_remote_code=False
             ),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more exact
         raise ModelError(
             f"the tokenizer in {directory} cannot be read ({type(error).__name__}); "
             "copy the whole model directory again"

@@ -75,8 +75,11 @@ def _cache_directory() -> Path:
 
 def _read_cache(path: Path) -> str | None:
     try:
-        content = cast("dict[str, object]", json.loads(path.read_text("utf-8")))
+        content = cast("object", json.loads(path.read_text("utf-8")))
     except (OSError, ValueError):
         return None
-    digest = content.get("sha256")
-    return digest if isinstance(digest, str) and content.get("schema") == 1 else None
+    if not isinstance(content, dict):
+        return None
+    known = cast("dict[str, object]", content)
+    digest = known.get("sha256")
+    return digest if isinstance(digest, str) and known.get("schema") == 1 else None

@@ -12,12 +12,15 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.error import NoMatchingPeftModuleError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedpeft.adapters import AdapterSchema, AdapterState, lora_config, schema_of
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import AdapterError, ModelError
 from fedpeft.models.fingerprint import fingerprint
-from fedpeft.models.source import require_complete
+from fedpeft.models.source import NOT_A_MODEL, require_complete
+
+_LINEAR = (torch.nn.Linear, Conv1D)
 
 
 def adapter_schema(directory: Path, settings: AdapterSettings) -> AdapterSchema:
@@ -29,10 +32,13 @@ def adapter_schema(directory: Path, settings: AdapterSettings) -> AdapterSchema:
     """
     require_complete(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        # Said aloud, for the default is to ask at the terminal whether to run the model's code.
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except NOT_A_MODEL as error:
         raise ModelError(
             f"{directory}/config.json does not describe a causal language model "
             f"({type(error).__name__}); copy the whole model directory again"
@@ -47,27 +53,37 @@ def attach_lora(network: PreTrainedModel, settings: AdapterSettings) -> PeftMode
     """Wrap ``network`` with a fresh LoRA adapter (PEFT; ``network`` itself is changed).
 
     Raises:
-        AdapterError: no module of the model matches ``target_modules``.
+        AdapterError: one of ``target_modules`` matches no linear module of the model.
     """
+    _require_targets(network, settings)
     try:
         with warnings.catch_warnings():
             # peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             return get_peft_model(network, lora_config(settings))  # pyright: ignore[reportReturnType]
     except NoMatchingPeftModuleError:
-        raise _unknown_modules(network, settings) from None
+        raise AdapterError(
+            "the base model has no linear module that an adapter could be put on; use another one"
+        ) from None
 
 
-def _unknown_modules(network: PreTrainedModel, settings: AdapterSettings) -> AdapterError:
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    return AdapterError(
-        f"adapter.target_modules = {settings.target_modules!r} matches no module of the base model; "
-        f'its linear modules are {", ".join(sorted(linear))} (or use "all-linear")'
-    )
+def _require_targets(network: PreTrainedModel, settings: AdapterSettings) -> None:
+    """Check every name; PEFT is content if one matches, and would drop a misspelt one silently."""
+    if isinstance(settings.target_modules, str):
+        return
+    linear = [name for name, part in network.named_modules() if isinstance(part, _LINEAR)]
+    unknown = [
+        target
+        for target in settings.target_modules
+        if not any(f".{name}".endswith(f".{target}") for name in linear)
+    ]
+    if unknown or not settings.target_modules:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise AdapterError(
+            f"adapter.target_modules names {', '.join(map(repr, unknown)) or 'nothing'}, which "
+            f"matches no module of the base model; its linear modules are {', '.join(known)} "
+            '(or use "all-linear")'
+        )
 
 
 def initial_state(schema: AdapterSchema, seed: int) -> AdapterState:

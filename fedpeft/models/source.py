@@ -8,10 +8,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub.errors import StrictDataclassError
+
 from fedpeft.errors import ModelError
 from fedpeft.offline import ALLOW_HUB, hub_allowed
 
 EMBEDDED = "embedded"
+NOT_A_MODEL = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises over a ``config.json`` that it cannot use."""
 
 
 def resolve_base(base: str, *, relative_to: Path) -> Path:
@@ -24,11 +28,18 @@ def resolve_base(base: str, *, relative_to: Path) -> Path:
     if base == EMBEDDED:
         directory = Path(str(files("fedpeft") / "demo" / "base"))
     else:
-        directory = (relative_to / Path(base).expanduser()).resolve()
+        directory = (relative_to / _home_expanded(base)).resolve()
         if not directory.is_dir():
             directory = _fetch(base, directory)
     require_complete(directory)
     return directory
+
+
+def _home_expanded(base: str) -> Path:
+    try:
+        return Path(base).expanduser()
+    except RuntimeError:  # there is no such user; the path as it stands does not exist either
+        return Path(base)
 
 
 def require_complete(directory: Path) -> None:
@@ -75,12 +86,12 @@ def _fetch(base: str, directory: Path) -> Path:
             f"the model here, or set {ALLOW_HUB}=1 to let this machine download it"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         return Path(snapshot_download(base, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelError(
             f"the base model {base!r} could not be downloaded ({type(error).__name__}); "
             "check the network, or copy the model directory here"

@@ -41,6 +41,8 @@ class Workbench:
             return self._adapted
         if self._adapted is not None and self._key == key:
             base = self._adapted.detach()
+            # Not kept if the settings do not fit: PEFT leaves a network half changed.
+            self._adapted = None
         else:
             self.clear()  # before loading: two bases may not fit
             base = load_base(key[0], quantization=quantization, dtype=key[2], device=device)

@@ -154,10 +154,12 @@ def _save(out: Path, measured: Sequence[Measured]) -> None:
 
 def _print(measured: Sequence[Measured], clinics: Sequence[DemoClinic]) -> None:
     rows = sum(clinic.train_rows for clinic in clinics)
-    table = Table(
-        title=f"{len(clinics)} clinics, {rows} training records; questions of all clinics",
-        title_justify="left",
+    people.print(
+        f"{len(clinics)} clinics with {rows} training records and facts of their own; each model "
+        "was asked the held-out questions of all of them:",
+        soft_wrap=True,
     )
+    table = Table()
     table.add_column("model")
     table.add_column("validation loss", justify="right")
     table.add_column("exact answers", justify="right")

@@ -86,6 +86,8 @@ class Display:
         self, name: str, *, rounds: int, clinics: int, quiet: bool = False
     ) -> Generator[Stage]:
         """Show a stage of ``rounds`` rounds of ``clinics`` clinics while the body runs."""
+        if quiet and not people.is_terminal:
+            people.print(f"{name}: {rounds} rounds", markup=False)
         with self._progress:
             task = self._progress.add_task(name, total=rounds * clinics, doing="")
             yield Stage(self._progress, task, rounds, quiet=quiet)

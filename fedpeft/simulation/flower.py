@@ -63,23 +63,26 @@ def run_flower(
         )
         place = SuperLinkSettings(directory=root / "server", host=_HOST, port=port)
         with SuperLink(place, authority, enrolments) as link:
-            boxes = [_enrol(clinic, enrolments, root) for clinic in clinics]
+            threads = max(1, (os.cpu_count() or 1) // len(clinics))
+            boxes = [_enrol(clinic, threads, enrolments, root) for clinic in clinics]
             with _running(boxes, out / "logs") as processes:
                 _wait_until_connected(link, processes, out / "logs")
                 link.run(build_server_app(federation, link))
 
 
-def _enrol(clinic: Clinic, enrolments: Enrolments, root: Path) -> Path:
+def _enrol(clinic: Clinic, threads: int, enrolments: Enrolments, root: Path) -> Path:
     """Invite, join and configure a clinic as its administrator would; return its directory."""
     directory = root / "clinics" / clinic.name
     invitation = root / f"{clinic.name}.json"
     enrolments.create_invitation(clinic.name, _INVITATION_S).write(invitation)
     enrolment = join(invitation, directory)
-    (directory / CONFIG_FILE).write_text(settings_toml(_settings(clinic, enrolment)), "utf-8")
+    (directory / CONFIG_FILE).write_text(
+        settings_toml(_settings(clinic, threads, enrolment)), "utf-8"
+    )
     return directory
 
 
-def _settings(clinic: Clinic, enrolment: Enrolment) -> ClientSettings:
+def _settings(clinic: Clinic, threads: int, enrolment: Enrolment) -> ClientSettings:
     return ClientSettings(
         clinic=clinic.name,
         server=ServerSettings(address=enrolment.server, federation=enrolment.federation),
@@ -90,7 +93,7 @@ def _settings(clinic: Clinic, enrolment: Enrolment) -> ClientSettings:
                 "valid": clinic.data.valid and clinic.data.valid.resolve(),
             }
         ),
-        limits=LimitSettings(min_free_disk_mb=0),
+        limits=LimitSettings(threads=threads, min_free_disk_mb=0),
     )
 
 

@@ -4,6 +4,9 @@ Every Ray actor is a process that loads the base model for itself, so it costs
 more memory than ``local``; needs ``pip install 'fedpeft[ray]'``.
 """
 
+import logging
+import os
+import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -22,6 +25,12 @@ from fedpeft_server.wire_meter import WireMeter
 
 _WHICH_CLINIC = "query.clinic"
 _ANSWER_S = 300.0
+_QUIET_ACTORS = {
+    "FLWR_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_POLL_S = 0.1
 
 _work: dict[tuple[Clinic, ...], ClinicWork] = {}
 """The handlers of this process (a Ray actor), which keep the base model loaded."""
@@ -82,6 +91,9 @@ def run_ray(federation: Federation, clinics: Sequence[Clinic]) -> None:
     failures: list[BaseException] = []
     server_app = _server_app(federation, clinics, failures)
     quiet_flower_log()
+    # Flower calls its only Python entry to this runtime deprecated, for want of another.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    os.environ.update(_QUIET_ACTORS)
     run_simulation(
         server_app,
         _client_app(tuple(clinics)),
@@ -141,6 +153,9 @@ def _tell_partition(message: Message, context: Context) -> Message:
 
 def _ask_names(grid: Grid, clinics: Sequence[Clinic]) -> dict[int, str]:
     """Flower gives simulated nodes random ids: ask each which clinic it stands for."""
+    deadline = time.monotonic() + _ANSWER_S
+    while len(list(grid.get_node_ids())) < len(clinics) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
     messages = [Message(RecordDict(), node, _WHICH_CLINIC) for node in grid.get_node_ids()]
     names: dict[int, str] = {}
     for reply in grid.send_and_receive(messages, timeout=_ANSWER_S):

@@ -3,7 +3,6 @@
 import logging
 import re
 import signal
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -79,44 +78,15 @@ def start(
     Reads DIR and the base model's configuration and fingerprint; writes DIR/state
     and the results; sends clinics the job and the adapter.
     """
-    from fedpeft.models import adapter_schema, fingerprint, require_fingerprint, resolve_base
-    from fedpeft_server.app import build_server_app
-    from fedpeft_server.narration import Narration
-    from fedpeft_server.rounds import Federation
-    from fedpeft_server.run_directory import RunDirectory
+    from fedpeft_server.service import serve_federation
     from fedpeft_server.site import open_site
-    from fedpeft_server.superlink import SuperLink, SuperLinkSettings
-    from fedpeft_strategies import build_strategy
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
-    site = open_site(directory, overrides)
-    settings = site.federation
-    model = resolve_base(settings.model.base, relative_to=directory)
-    if settings.model.fingerprint is not None:
-        require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
-    schema = adapter_schema(model, settings.adapter)
-    results = out or directory / "run"
-    federation = Federation(
-        settings,
-        schema,
-        build_strategy(settings.strategy.name, schema),
-        RunDirectory(results, settings, engine="flower"),
-        Narration(program.say, settings.rounds.count),
-    )
-    stop = threading.Event()
     signal.signal(signal.SIGTERM, _interrupt)
-    _, port = site.host_and_port
-    place = SuperLinkSettings(
-        directory=site.state,
-        host=site.listen.listen,
-        port=port,
-        max_message_bytes=site.listen.max_message_mb << 20,
-    )
-    with SuperLink(place, site.authority, site.enrolments(), stop=stop) as link:
-        program.say(f"listening on {site.listen.address} for federation {settings.name}")
-        link.run(build_server_app(federation, link))
-    program.say(f"finished {settings.rounds.count} rounds; the adapter is in {results / 'adapter'}")
+    results = out or directory / "run"
+    serve_federation(open_site(directory, overrides), results, program.say)
+    program.say(f"finished; the adapter is in {results / 'adapter'}")
 
 
 def _interrupt(*_: object) -> None:

@@ -1,0 +1,5 @@
+"""``python -m fedpeft``: the program ``fedpeft``."""
+
+from fedpeft.cli import run
+
+run()

@@ -1,0 +1,159 @@
+"""Messages: a job, an adapter or a number that is not as agreed is refused."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec
+from fedpeft.config import AdapterSettings, TrainingSettings
+from fedpeft.errors import AdapterError, ConfigError, SchemaMismatch
+from fedpeft.protocol import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    NUM_EXAMPLES,
+    VALID_NLL,
+    VALID_TOKENS,
+    Job,
+    array_record,
+    config_record,
+    job_from,
+    mean_loss,
+    metric_from,
+    metric_record,
+    state_from,
+)
+
+SCHEMA = AdapterSchema((TensorSpec("m.lora_A.weight", (2, 4)),), "a" * 64)
+STATE = AdapterState(SCHEMA, torch.arange(8.0))
+JOB = Job(
+    federation="north-sea",
+    fingerprint="a" * 64,
+    quantization="nf4",
+    adapter=AdapterSettings(rank=3, target_modules=("q_proj",)),
+    training=TrainingSettings(learning_rate=3e-4, local_steps=7, proximal_mu=0.1),
+    round=2,
+    rounds=9,
+)
+
+
+def altered(**changes: Any) -> str:
+    return json.dumps({**json.loads(JOB.to_json()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "its root"),
+        ("[]", "its root"),
+        ("{}", "federation"),
+        (altered(protocol=2), "protocol"),
+        (altered(protocol=0), "protocol"),
+        (altered(fingerprint="../x"), "fingerprint"),
+        (altered(federation="a/b"), "federation"),
+        (altered(adapter={"rank": 0}), "adapter.rank"),
+        (altered(training={"learning_rate": -1}), "training.learning_rate"),
+        (altered(training={"learning_rate": 1e999}), "training.learning_rate"),
+        (altered(training={"data": "/etc/passwd"}), "training.data"),
+        (altered(code="print(1)"), "code"),
+        (altered(round=-1), "round"),
+        (altered(round=10), "its root"),
+        (altered(rounds=0), "rounds"),
+    ],
+)
+def test_a_job_that_is_not_understood_is_refused_with_its_place(text: str, where: str):
+    with pytest.raises(ConfigError) as caught:
+        job_from(RecordDict({CONFIG: ConfigRecord({"job": text})}))
+    assert f"(at {where})" in str(caught.value)
+
+
+def test_what_the_server_sent_is_not_repeated_in_the_error():
+    with pytest.raises(ConfigError) as caught:
+        Job.from_json(altered(federation="Mrs Canary"))
+    assert "Canary" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {CONFIG: ConfigRecord({})},
+        {CONFIG: ConfigRecord({"job": 3})},
+        {CONFIG: MetricRecord({})},
+    ],
+)
+def test_a_message_without_a_job_is_refused(content: dict[str, Any]):
+    with pytest.raises(ConfigError, match="carries no job"):
+        job_from(RecordDict(content))
+
+
+def test_a_job_arrives_as_it_was_sent():
+    assert job_from(RecordDict({CONFIG: config_record(JOB)})) == JOB
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {ARRAYS: ArrayRecord()},
+        {ARRAYS: MetricRecord({})},
+        {ARRAYS: ArrayRecord({"adapter": Array("float32", (8,), "numpy.ndarray", bytes(32))})},
+    ],
+)
+def test_a_message_without_an_adapter_is_refused(content: dict[str, Any]):
+    with pytest.raises(AdapterError, match="from north carries no adapter"):
+        state_from(RecordDict(content), SCHEMA, "adapter", source="north")
+
+
+def test_an_adapter_that_lost_a_byte_is_refused():
+    record = array_record(STATE, "adapter")
+    record["adapter"].data = record["adapter"].data[:-1]
+    with pytest.raises(SchemaMismatch):
+        state_from(RecordDict({ARRAYS: record}), SCHEMA, "adapter", source="north")
+
+
+def test_an_update_is_not_taken_for_an_adapter():
+    content = RecordDict({ARRAYS: array_record(STATE, "update")})
+    with pytest.raises(SchemaMismatch):
+        state_from(content, SCHEMA, "adapter", source="north")
+
+
+def test_an_adapter_arrives_as_it_was_sent_and_in_one_array():
+    record = array_record(STATE, "adapter")
+    assert len(record) == 1
+    got = state_from(RecordDict({ARRAYS: record}), SCHEMA, "adapter", source="north")
+    assert torch.equal(got.values, STATE.values)
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_refused(value: float):
+    content = RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: value})})
+    with pytest.raises(AdapterError, match="no usable num-examples"):
+        metric_from(content, NUM_EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {METRICS: MetricRecord({})},
+        {METRICS: ConfigRecord({NUM_EXAMPLES: 3})},
+        {METRICS: MetricRecord({NUM_EXAMPLES: [3, 4]})},
+    ],
+)
+def test_a_missing_number_is_refused(content: dict[str, Any]):
+    with pytest.raises(AdapterError, match="no usable num-examples"):
+        metric_from(RecordDict(content), NUM_EXAMPLES)
+
+
+def test_the_mean_loss_is_the_quotient_of_its_sums():
+    metrics = metric_record({VALID_NLL: 6.0, VALID_TOKENS: 4})
+    assert mean_loss(metrics, VALID_NLL, VALID_TOKENS) == 1.5
+    assert (
+        mean_loss(metric_record({VALID_NLL: 0.0, VALID_TOKENS: 0}), VALID_NLL, VALID_TOKENS) is None
+    )
