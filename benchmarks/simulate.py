@@ -6,6 +6,11 @@ round (imports, Ray's start); the whole run's seconds stand beside it. Memory is
 the sum over the engine's processes, each page shared among them counted once.
 
     python benchmarks/simulate.py
+
+The bars are about the engines, so the model is as small as one can be (one layer
+of width 32, random): what is left is what an engine costs a clinic. ``--model
+embedded`` shows both engines under the demo's model, where arithmetic counts
+and Ray has the advantage of using every core.
 """
 
 import argparse
@@ -50,7 +55,7 @@ def main() -> None:
     )
     emit(
         "simulate",
-        {"clinics": options.clinics, "rounds": options.rounds, "turns": options.turns, **figures},
+        {**vars(options), **figures},
         {
             "rounds_per_s_over_ray": bar(round(faster, 2), ">=", 5.0),
             "memory_over_ray": bar(round(leaner, 3), "<=", 0.5),
@@ -63,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clinics", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--model", choices=("minimal", "embedded"), default="minimal")
     return parser.parse_args()
 
 
@@ -74,7 +80,7 @@ def _federation(place: Path, options: argparse.Namespace) -> Path:
     written = write_federation(place / "data")
     records = [record for clinic in written for record in read_records(clinic.train).records]
     lines = [
-        'name = "many"\n[model]\nbase = "embedded"\ndtype = "float32"\n',
+        f'name = "many"\n[model]\nbase = "{_base(place, options)}"\ndtype = "float32"\n',
         "[training]\nlocal_steps = 1\nbatch_size = 8\nmax_length = 96\nlearning_rate = 1e-3\n",
         f"[rounds]\ncount = {options.rounds}\n",
     ]
@@ -89,6 +95,24 @@ def _federation(place: Path, options: argparse.Namespace) -> Path:
     config = place / "federation.toml"
     config.write_text("".join(lines))
     return config
+
+
+def _base(place: Path, options: argparse.Namespace) -> str:
+    if options.model == "embedded":
+        return "embedded"
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fedpeft.models import resolve_base
+
+    embedded, minimal = resolve_base("embedded", relative_to=place), place / "minimal"
+    shutil.copytree(embedded, minimal, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(embedded)
+    config.update(
+        {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+        | {"num_attention_heads": 2, "num_key_value_heads": 2}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(minimal)
+    return str(minimal)
 
 
 def _run(engine: str, config: Path, out: Path) -> dict[str, float]:

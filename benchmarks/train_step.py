@@ -132,6 +132,7 @@ def _ours(options: argparse.Namespace, examples: Any) -> tuple[float, float]:
 def _trainer(options: argparse.Namespace, examples: Any) -> tuple[float, float]:
     import tempfile
 
+    import numpy as np
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -141,24 +142,26 @@ def _trainer(options: argparse.Namespace, examples: Any) -> tuple[float, float]:
 
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model = get_peft_model(base, lora_config(AdapterSettings(rank=RANK)))
-    rows = [
-        {"input_ids": row.input_ids.tolist(),
-         "labels": [int(t) if on else -100 for t, on in zip(row.input_ids, row.targets, strict=True)]}
-        for row in examples
-    ]  # fmt: skip
 
-    def pad(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def labels(row: Any) -> list[int]:
+        return np.where(row.targets, row.input_ids, -100).tolist()
+
+    rows = [{"input_ids": row.input_ids.tolist(), "labels": labels(row)} for row in examples]
+
+    def pad(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
         fill = {"input_ids": 0, "labels": -100}
         padded = {
-            key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in batch])
+            key: torch.tensor(
+                [[*row[key], *[fill[key]] * (longest - len(row[key]))] for row in batch]
+            )
             for key in fill
         }
         lengths = torch.tensor([len(row["input_ids"]) for row in batch])
         padded["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return padded
 
-    def trainer(data: list[dict[str, list[int]]]) -> Trainer:
+    def trainer(data: list[dict[str, Any]]) -> Trainer:
         return Trainer(
             model=model,
             args=TrainingArguments(

@@ -55,7 +55,7 @@ def simulate(
     settings = simulation.settings
     rounds, clinics = settings.rounds.count, len(settings.clinic)
     with Display().stage(settings.name, rounds=rounds, clinics=clinics) as stage:
-        run_simulation(simulation, stage, stage.observe)
+        run_simulation(simulation, stage, stage.observe, stage.tell)
     program.say(f"the adapter is in {out / 'adapter'}, the figures in {out / 'summary.json'}")
 
 

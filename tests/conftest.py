@@ -1,7 +1,7 @@
 """Fixtures for all tests: a tiny base model, the embedded one, made-up rows, real data if here."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:  # pyright: ig
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random Llama of 2 layers with a chat tokenizer; do not write to it."""
-    import fedpeft  # noqa: F401, I001  (first: keeps the libraries below off the network)
+    from fedpeft.offline import enforce
+
+    enforce()
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -92,6 +94,21 @@ def tiny_copy(tiny_model: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def flower_identity() -> Iterator[None]:
+    """Let messages be built outside a Flower run: Flower stamps them with the process's task."""
+    from fedpeft.offline import enforce
+
+    enforce()
+    from flwr.supercore.task_identity import TaskIdentity
+
+    kept = dict(vars(TaskIdentity))
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    yield
+    for name in ("_task_id", "_run_id", "_node_id"):
+        setattr(TaskIdentity, name, kept[name])
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,8 @@ def answer(app: Application, message: Message, context: Context) -> tuple[Messag
     """Call the clinic's app.
 
     Returns:
-        Its reply and ``""``; or, if it raised, an error reply and the reason
-        that the reply carries.
+        Its reply and ``""``; or, if it raised or replied with an error, the
+        error reply and the reason that it carries.
     """
     try:
         reply = app(message, context)
@@ -36,7 +36,7 @@ def answer(app: Application, message: Message, context: Context) -> tuple[Messag
         log.error("%s", describe(error))
         reason = error.reason if isinstance(error, FedpeftError) else FedpeftError.reason
         return refusal(message, reason), reason
-    return reply, ""
+    return reply, (reply.error.reason or "") if reply.has_error() else ""
 
 
 def refusal(message: Message, reason: str) -> Message:

@@ -5,7 +5,9 @@ a few sums leave through it, and of an error only its reason.
 """
 
 import logging
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -31,6 +33,7 @@ from fedpeft.protocol import (
 from fedpeft.training import Observer, Place, round_steps, train
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.records import RecordStore
+from fedpeft_client.settings import LimitSettings
 
 _LOG = logging.getLogger(__name__)
 _ERROR_CODE = 2
@@ -40,16 +43,20 @@ class ClinicWork:
     """Handlers for the server's messages, with the base model kept loaded between them.
 
     ``find_clinic`` says which clinic a Flower context belongs to: always the same
-    one on a box, one of many in a simulation.
+    one on a box, one of many in a simulation. ``observe`` is told of training
+    steps, ``tell`` in a sentence what was read from which file and how much was cut.
     """
 
     def __init__(
-        self, find_clinic: Callable[[Context], Clinic], observe: Observer | None = None
+        self,
+        find_clinic: Callable[[Context], Clinic],
+        observe: Observer | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self._find_clinic = find_clinic
         self._observe = observe
         self._workbench = Workbench()
-        self._records = RecordStore()
+        self._records = RecordStore(tell)
 
     def train(self, message: Message, context: Context) -> Message:
         """Train from the server's adapter and answer with the change to it."""
@@ -69,11 +76,16 @@ class ClinicWork:
         try:
             content = work(clinic, job_from(message.content), message.content)
         except FedpeftError as error:
-            _LOG.error("clinic %s: %s", clinic.name, error)
+            _LOG.error("%s: %s", clinic.name, error)
             return Message(Error(_ERROR_CODE, error.reason), reply_to=message)
         return Message(content, reply_to=message)
 
     def _train(self, clinic: Clinic, job: Job, content: RecordDict) -> RecordDict:
+        if job.round < 1:
+            raise ConfigError(
+                "the server asks to train in round 0, which only evaluates; install the same "
+                "fedpeft release on both sides"
+            )
         model, start = self._prepare(clinic, job, content)
         rows = self._records.train(clinic, model.base, job.training.max_length)
         steps = round_steps(len(rows.examples), job.training)
@@ -93,10 +105,11 @@ class ClinicWork:
 
     def _evaluate(self, clinic: Clinic, job: Job, content: RecordDict) -> RecordDict:
         model, state = self._prepare(clinic, job, content)
+        valid = score(model, self._records.valid(clinic, model.base, job.training.max_length))
         if clinic.adapter_directory is not None and job.round > 0:
+            _require_disk(clinic.limits, clinic.adapter_directory.parent)
             base_name = str(clinic.model.resolve())
             save_adapter(state, job.adapter, clinic.adapter_directory, base_name=base_name)
-        valid = score(model, self._records.valid(clinic, model.base, job.training.max_length))
         metrics = metric_record({VALID_NLL: valid.nll, VALID_TOKENS: valid.tokens})
         return RecordDict({METRICS: metrics})
 
@@ -136,6 +149,15 @@ def _require_allowed(clinic: Clinic, job: Job) -> None:
             f"{clinic.federation!r}; join again with an invitation of the right one"
         )
     _require_within("max_rank", job.adapter.rank, clinic.limits.max_rank)
+
+
+def _require_disk(limits: LimitSettings, directory: Path) -> None:
+    free = shutil.disk_usage(directory).free >> 20
+    if free < limits.min_free_disk_mb:
+        raise PolicyRefused(
+            f"{free} MiB are free in {directory} where limits.min_free_disk_mb = "
+            f"{limits.min_free_disk_mb} in client.toml; free some space or lower that limit"
+        )
 
 
 def _require_within(limit: str, asked: int, allowed: int) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import psutil
 
 from fedpeft.data import read_records
-from fedpeft.errors import FedpeftError, StorageError
-from fedpeft.models import context_length, fingerprint, require_complete
+from fedpeft.errors import FedpeftError, ModelError, StorageError
+from fedpeft.models import context_length, fingerprint, require_complete, require_fingerprint
 from fedpeft.models.source import weight_files
 from fedpeft_client.box import Box
+from fedpeft_client.fleet import load_key
 from fedpeft_client.reachability import probe
 
 _MIB = 1 << 20
@@ -26,8 +27,9 @@ class Finding:
 
 
 def check(box: Box) -> Generator[Finding]:
-    """Yield a finding for model, data, disk, memory and server, as they become known."""
+    """Yield a finding for key, model, data, disk, memory and server, as they become known."""
     questions: dict[str, Callable[[Box], str]] = {
+        "key": _key,
         "model": _model,
         "data": _data,
         "disk": _disk,
@@ -41,9 +43,16 @@ def check(box: Box) -> Generator[Finding]:
             yield Finding(subject, False, str(error))
 
 
+def _key(box: Box) -> str:
+    load_key(box.key)
+    return f"{box.key} is private"
+
+
 def _model(box: Box) -> str:
     directory = box.clinic.model
     require_complete(directory)
+    if box.settings.model.fingerprint is not None:
+        require_fingerprint(fingerprint(directory), box.settings.model.fingerprint, directory)
     context = context_length(directory)
     return (
         f"{directory}, fingerprint {fingerprint(directory)[:12]}, context "
@@ -78,7 +87,7 @@ def _memory(box: Box) -> str:
     # In 4 bits the base takes about a third of its file; that is the least it needs.
     least = sum(path.stat().st_size for path in weight_files(box.clinic.model)) // (3 * _MIB)
     if available < least:
-        raise StorageError(
+        raise ModelError(
             f"{available} MiB of memory are available and the base model needs at least {least}; "
             "close other programs or use a smaller base model"
         )

@@ -38,9 +38,10 @@ def join(
     client.toml); sends a public key and the one-time token to the server that
     the invitation names, and nothing else.
     """
-    from fedpeft.models import require_complete
+    from fedpeft.models import fingerprint, require_complete, require_fingerprint
     from fedpeft_client.clinic import CONFIG_FILE
     from fedpeft_client.enrolment import join as enrol
+    from fedpeft_client.enrolment import read_invitation
     from fedpeft_client.settings import (
         BoxModelSettings,
         ClientSettings,
@@ -50,6 +51,8 @@ def join(
     )
 
     require_complete(model)
+    invited = read_invitation(invitation)
+    require_fingerprint(fingerprint(model), invited.fingerprint, model)
     for path in (train, valid):
         if path is not None and not path.is_file():
             raise ConfigError(f"the data file {path} does not exist; name one that does")
@@ -57,7 +60,7 @@ def join(
     settings = ClientSettings(
         clinic=enrolment.clinic,
         server=ServerSettings(address=enrolment.server, federation=enrolment.federation),
-        model=BoxModelSettings(directory=model.resolve()),
+        model=BoxModelSettings(directory=model.resolve(), fingerprint=enrolment.fingerprint),
         data=DataSettings(train=train.resolve(), valid=valid and valid.resolve(), format=layout),
     )
     write_atomically(directory / CONFIG_FILE, settings_toml(settings).encode())
@@ -69,7 +72,7 @@ def join(
 
 @program.app.command()
 def check(directory: _BoxDirectory = Path()) -> None:
-    """Say whether this box can take part: model, data, disk, memory and server.
+    """Say whether this box can take part: key, model, data, disk, memory and server.
 
     Reads everything, writes nothing, and sends the server one request without content.
     """
@@ -107,7 +110,7 @@ def start(directory: _BoxDirectory = Path()) -> None:
     stop = threading.Event()
     _stop_on_signals(stop)
     clinic = box.clinic
-    work = ClinicWork(lambda _context: clinic, narrate_steps(program.say))
+    work = ClinicWork(lambda _context: clinic, narrate_steps(program.say), program.say)
     settings = ConnectionSettings(
         server=box.settings.server.address,
         key=box.key,

@@ -22,7 +22,7 @@ from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url
 
 SCHEMA: Final = 1
 _MAX_INVITATION_BYTES: Final = 64 << 10
-_FIELDS: Final = ("server", "federation", "clinic", "expires", "token", "ca")
+_FIELDS: Final = ("server", "federation", "clinic", "base_model", "expires", "token", "ca")
 _REFUSALS: Final = {
     "unknown": "the server does not know this invitation, or a newer one has replaced it: "
     "ask the central site for a new invitation",
@@ -43,20 +43,24 @@ class Enrolment:
     server: str
     federation: str
     clinic: str
+    fingerprint: str
     key: Path
     ca: Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Invitation:
+class Invitation:
+    """What the central site wrote for this clinic; ``repr`` does not show the token."""
+
     server: str
     federation: str
     clinic: str
+    fingerprint: str
     ca_pem: str
     token: str
 
     def __repr__(self) -> str:
-        return f"_Invitation(clinic={self.clinic!r})"
+        return f"Invitation(clinic={self.clinic!r})"
 
 
 def join(invitation_file: Path, directory: Path) -> Enrolment:
@@ -74,7 +78,7 @@ def join(invitation_file: Path, directory: Path) -> Enrolment:
         CertificateRefused: what answers is not the server of the invitation.
         StorageError: the directory cannot be written.
     """
-    invitation = _read(invitation_file)
+    invitation = read_invitation(invitation_file)
     key_path, ca_path = directory / "key.pem", directory / "ca.pem"
     if ca_path.exists():
         raise EnrolmentError(
@@ -91,12 +95,18 @@ def join(invitation_file: Path, directory: Path) -> Enrolment:
         server=invitation.server,
         federation=invitation.federation,
         clinic=invitation.clinic,
+        fingerprint=invitation.fingerprint,
         key=key_path,
         ca=ca_path,
     )
 
 
-def _read(path: Path) -> _Invitation:
+def read_invitation(path: Path) -> Invitation:
+    """Read an invitation file and check all of it that can be checked without the server.
+
+    Raises:
+        EnrolmentError: it is missing, damaged, of another schema, or expired.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_INVITATION_BYTES + 1)
@@ -129,7 +139,7 @@ def _read(path: Path) -> _Invitation:
     return _unexpired(path, fields)
 
 
-def _unexpired(path: Path, fields: dict[str, Any]) -> _Invitation:
+def _unexpired(path: Path, fields: dict[str, Any]) -> Invitation:
     try:
         expires = datetime.datetime.fromisoformat(fields["expires"])
         expired = expires <= datetime.datetime.now(datetime.UTC)
@@ -144,10 +154,11 @@ def _unexpired(path: Path, fields: dict[str, Any]) -> _Invitation:
             f"the invitation {path} expired at {expires.isoformat()} by this machine's clock: "
             "ask the central site for a new one"
         )
-    return _Invitation(
+    return Invitation(
         server=fields["server"],
         federation=fields["federation"],
         clinic=fields["clinic"],
+        fingerprint=fields["base_model"],
         ca_pem=fields["ca"],
         token=fields["token"],
     )
@@ -170,7 +181,7 @@ def _own_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _post(invitation: _Invitation, key: ec.EllipticCurvePrivateKey) -> None:
+def _post(invitation: Invitation, key: ec.EllipticCurvePrivateKey) -> None:
     public_key = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )

@@ -31,15 +31,15 @@ def narrate_events(say: Callable[[str], None]) -> Callable[[Event], None]:
         sentence = {
             "waiting": f"waiting{detail}",
             "connected": "connected to the server, waiting for a round (Ctrl-C stops)",
-            "disconnected": f"the server cannot be reached{detail}; trying again",
-            "received": f"received a {event.message_type} message of {event.bytes_in:,} bytes",
+            "disconnected": f"no connection{detail}; trying again",
+            "received": f"received the {event.message_type} message of {event.bytes_in:,} bytes",
             "answered": (
                 f"answered the {event.message_type} message with {event.bytes_out:,} bytes "
                 f"after {event.seconds:.1f} s"
             ),
             "failed": f"could not do the {event.message_type} message{detail}",
-            "refused": f"refused a {event.message_type} message{detail}",
-            "dropped": f"dropped a {event.message_type} message{detail}",
+            "refused": f"refused the {event.message_type} message{detail}",
+            "dropped": f"dropped a message{detail}",
             "stopped": "stopped; what was finished is kept",
         }[event.kind]
         say(sentence)

@@ -1,5 +1,6 @@
 """A clinic's encoded records, read once and kept in memory while its files stay the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fedpeft.data import EncodedExample, EncodedSet, encode, read_records
@@ -13,8 +14,9 @@ _Key = tuple[Path, int, int, str | None, bool, str, int]
 class RecordStore:
     """Encoded records by file, layout, tokenizer and length."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
         self._sets: dict[_Key, EncodedSet] = {}
+        self._tell = tell
 
     def train(self, clinic: Clinic, base: BaseModel, max_length: int) -> EncodedSet:
         """Return the training rows.
@@ -41,6 +43,8 @@ class RecordStore:
                 del self._sets[stale]
             records = read_records(path, format=layout, skip_bad_rows=skip)
             self._sets[key] = encode(records, base.tokenizer, max_length=max_length)
+            if self._tell is not None:
+                self._tell(f"{clinic.name}: {records.describe()}; {self._sets[key].describe()}")
         return self._sets[key]
 
 

@@ -22,6 +22,8 @@ class BoxModelSettings(Settings):
     """The base model on this box."""
 
     directory: Path
+    fingerprint: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """The base model that this box agreed to train on; None: whatever the server names."""
     dtype: ComputeDtype = "auto"
 
 
@@ -71,6 +73,7 @@ federation = {_toml(settings.server.federation)}
 
 [model]                       # the base model; it must be the federation's
 directory = {_toml(str(settings.model.directory))}
+{optional("fingerprint", settings.model.fingerprint, '"..."')}
 dtype = {_toml(settings.model.dtype)}                # "auto", "float32" or "bfloat16"
 
 [data]                        # read here, never sent

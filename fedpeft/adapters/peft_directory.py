@@ -40,7 +40,7 @@ _BEYOND_PLAIN_LORA = (
     "use_rslora",
 )
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to begin (``init_lora_weights``) that leave the adapter without meaning on the plain base."""
+"""Ways to begin (``init_lora_weights``) that change the base model along with the adapter."""
 _BASE_FILE = "fedpeft.json"
 
 
@@ -106,7 +106,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise TypeError  # noqa: TRY301  (explained below)
+            raise TypeError  # put into words below
     except (OSError, ValueError, TypeError) as error:
         raise AdapterError(
             f"{path.parent} holds no readable {path.name} ({type(error).__name__}); "

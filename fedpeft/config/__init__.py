@@ -1,6 +1,7 @@
 """Configuration: what may be set, and how it is read."""
 
 from fedpeft.config.federation import (
+    NAME_PATTERN,
     AdapterSettings,
     ClinicSettings,
     ComputeDtype,
@@ -16,6 +17,7 @@ from fedpeft.config.federation import (
 from fedpeft.config.loading import load_settings, parse_settings, read_toml
 
 __all__ = [
+    "NAME_PATTERN",
     "AdapterSettings",
     "ClinicSettings",
     "ComputeDtype",

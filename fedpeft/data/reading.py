@@ -124,5 +124,5 @@ def _refuse_bad_rows(
     place, fault = min(faults, key=lambda item: item[0])
     raise DataError(
         f"cannot use {path}: {raw.unit} {place} has {fault.reason}: correct it, or leave out "
-        f"such rows with --skip-bad-rows"
+        f"such rows with skip_bad_rows = true (--skip-bad-rows)"
     )

@@ -39,6 +39,7 @@ class AdaptedModel:
         self.weights.grad = self.gradient
         self._flatten()
         forward = inspect.signature(base.network.forward).parameters
+        self._mode: tuple[bool, bool] | None = None
         self._can_skip_logits = "logits_to_keep" in forward
 
     @property
@@ -84,23 +85,26 @@ class AdaptedModel:
 
     def train_mode(self, *, gradient_checkpointing: bool) -> None:
         """Switch dropout on, and recompute activations in the backward pass if asked."""
-        self.base.network.train()
-        self._set_checkpointing(on=gradient_checkpointing)
+        self._switch(training=True, checkpointing=gradient_checkpointing)
 
     def eval_mode(self) -> None:
         """Switch dropout and gradient checkpointing off."""
-        self.base.network.eval()
-        self._set_checkpointing(on=False)
+        self._switch(training=False, checkpointing=False)
 
-    def _set_checkpointing(self, *, on: bool) -> None:
+    def _switch(self, *, training: bool, checkpointing: bool) -> None:
+        # Both walk over every module, which takes longer than a small model's step.
+        if self._mode == (training, checkpointing):
+            return
         network = self.base.network
+        network.train(training)
         with warnings.catch_warnings():
             # Renamed in transformers 5.23; the old name is the one in all of its 5.17 to 5.x.
             warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-            if on:
+            if checkpointing:
                 network.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 network.gradient_checkpointing_disable()
+        self._mode = (training, checkpointing)
 
     def target_logits(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the logits that predict the target tokens, shape (targets, vocabulary).

@@ -5,10 +5,11 @@ Knows nothing of models beyond their layers; does nothing to layers on a GPU.
 
 import copy
 import functools
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import linear
 
 
@@ -23,13 +24,17 @@ def correct_on_cpu(network: torch.nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
-            if module.in_features % module.weight.blocksize:
-                module.forward = functools.partial(_forward, module)
+            if module.in_features % _state(module).blocksize:
+                vars(module)["forward"] = functools.partial(_forward, module)
+
+
+def _state(layer: Linear4bit) -> Any:
+    return cast("Any", layer.weight).quant_state
 
 
 def _forward(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor:
     """Multiply with the weights as one long row, whose blocks are where they were made."""
-    state = layer.weight.quant_state
+    state = _state(layer)
     long = copy.copy(state)
     long.shape = torch.Size((1, layer.in_features * layer.out_features))
     weight = dequantize_4bit(layer.weight.data, long).reshape(state.shape)

@@ -1,6 +1,6 @@
 """What the server asks a clinic to do in one message, in words both sides validate."""
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fedpeft.config import AdapterSettings, Name, Quantization, Settings, TrainingSettings
 from fedpeft.errors import ConfigError
@@ -19,6 +19,12 @@ class Job(Settings):
     training: TrainingSettings
     round: int = Field(ge=0)
     rounds: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _round_is_one_of_the_run(self) -> "Job":
+        if self.round > self.rounds:
+            raise ValueError("the round is beyond the last one")
+        return self
 
     def to_json(self) -> str:
         """Return the job as JSON text."""

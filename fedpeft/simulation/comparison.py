@@ -55,7 +55,7 @@ def run_demo(out: Path) -> list[Measured]:
         with display.stage(
             name, rounds=run.rounds.count, clinics=len(run.clinic), quiet=name != "federated"
         ) as stage:
-            simulate(Simulation(run, data, where), stage, stage.observe)
+            simulate(Simulation(run, data, where), stage, stage.observe, stage.tell)
     adapters: dict[str, Path | None] = {"base model": None}
     for name in runs:
         place = out if name == "federated" else out / "compared" / name.replace(" ", "-")

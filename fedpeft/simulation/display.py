@@ -36,6 +36,11 @@ class Stage:
         )
         self._progress.update(self._task, advance=1 / step.steps, doing=doing)
 
+    def tell(self, sentence: str) -> None:
+        """Show what was read from a clinic's file."""
+        if not self._quiet:
+            self._tell(sentence)
+
     def waiting(self, connected: int, enrolled: int, minimum: int) -> None:
         """Show that clinics are still missing."""
         self._tell(f"{connected} of {enrolled} clinics connected, {minimum} are needed")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedpeft.config import FederationSettings
 from fedpeft.errors import FederationError
+from fedpeft.models import fingerprint
 from fedpeft.storage import explained
 from fedpeft_client.clinic import CONFIG_FILE, Clinic
 from fedpeft_client.enrolment import Enrolment, join
@@ -74,7 +75,9 @@ def _enrol(clinic: Clinic, threads: int, enrolments: Enrolments, root: Path) -> 
     """Invite, join and configure a clinic as its administrator would; return its directory."""
     directory = root / "clinics" / clinic.name
     invitation = root / f"{clinic.name}.json"
-    enrolments.create_invitation(clinic.name, _INVITATION_S).write(invitation)
+    enrolments.create_invitation(
+        clinic.name, _INVITATION_S, fingerprint=fingerprint(clinic.model)
+    ).write(invitation)
     enrolment = join(invitation, directory)
     (directory / CONFIG_FILE).write_text(
         settings_toml(_settings(clinic, threads, enrolment)), "utf-8"

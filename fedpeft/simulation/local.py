@@ -5,7 +5,7 @@ message through Flower's own serialisation, whose bytes are what is counted.
 """
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -123,10 +123,13 @@ class LocalLink:
 
 
 def run_local(
-    federation: Federation, clinics: Sequence[Clinic], observe: Observer | None = None
+    federation: Federation,
+    clinics: Sequence[Clinic],
+    observe: Observer | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Run ``federation`` with all ``clinics`` on one copy of the base model."""
-    work = ClinicWork(lambda context: clinics[context.node_id - _FIRST_NODE], observe)
+    work = ClinicWork(lambda context: clinics[context.node_id - _FIRST_NODE], observe, tell)
     link = LocalLink(build_client_app(work), clinics)
     link.run(build_server_app(federation, link))
 

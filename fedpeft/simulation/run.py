@@ -1,6 +1,6 @@
 """Run a whole federation of ``federation.toml`` on this machine, over one of three engines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,7 @@ from typing import Literal
 from fedpeft.config import FederationSettings
 from fedpeft.models import adapter_schema, fingerprint, require_fingerprint, resolve_base
 from fedpeft.simulation.clinics import simulated_clinics
+from fedpeft.simulation.local import run_local
 from fedpeft.training import Observer
 from fedpeft_client.clinic import Clinic
 from fedpeft_server.rounds import Federation, Watcher
@@ -27,10 +28,16 @@ class Simulation:
     engine: Engine = "local"
 
 
-def simulate(simulation: Simulation, watcher: Watcher, observe: Observer | None = None) -> None:
+def simulate(
+    simulation: Simulation,
+    watcher: Watcher,
+    observe: Observer | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> None:
     """Run the simulation, or go on with it where it stopped; the results are in ``out``.
 
-    ``observe`` is told of single training steps, by the ``local`` engine only.
+    ``observe`` is told of single training steps, and ``tell`` what was read from
+    the clinics' files, by the ``local`` engine only.
 
     Raises:
         FedpeftError: of the kind that says what went wrong.
@@ -44,21 +51,17 @@ def simulate(simulation: Simulation, watcher: Watcher, observe: Observer | None 
     strategy = build_strategy(settings.strategy.name, schema)
     directory = RunDirectory(simulation.out, settings, engine=simulation.engine)
     federation = Federation(settings, schema, strategy, directory, watcher)
-    _run_on(simulation, federation, clinics, observe)
-
-
-def _run_on(
-    simulation: Simulation,
-    federation: Federation,
-    clinics: Sequence[Clinic],
-    observe: Observer | None,
-) -> None:
-    """Hand the federation to the engine; each is imported only where it is used."""
     if simulation.engine == "local":
-        from fedpeft.simulation.local import run_local
+        run_local(federation, clinics, observe, tell)
+    else:
+        _run_elsewhere(simulation, federation, clinics)
 
-        run_local(federation, clinics, observe)
-    elif simulation.engine == "flower":
+
+def _run_elsewhere(
+    simulation: Simulation, federation: Federation, clinics: Sequence[Clinic]
+) -> None:
+    """Hand the federation to an engine that is slow to import, or an extra."""
+    if simulation.engine == "flower":
         from fedpeft.simulation.flower import run_flower
 
         run_flower(federation, clinics, simulation.settings, simulation.out)

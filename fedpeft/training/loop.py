@@ -5,9 +5,10 @@ the micro-batches, so gradient accumulation changes memory and not the result.
 Errors and events carry counts and row numbers, never text.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +75,7 @@ def train(
     start = model.weights.detach().clone()
     model.train_mode(gradient_checkpointing=settings.gradient_checkpointing)
     began, losses, target_tokens, tokens = time.perf_counter(), 0.0, 0, 0
-    with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(settings.seed, "dropout", place.clinic, place.round))
+    with _seeded_dropout(model, settings, place):
         for number, rows in enumerate(plan.batches):
             batch = [examples[row] for row in rows]
             loss, targets = _accumulate(model, batch, settings)
@@ -91,7 +91,6 @@ def train(
             if observe is not None:
                 speed = tokens / (time.perf_counter() - began)
                 observe(StepDone(place, number + 1, len(plan.batches), loss, speed))
-    model.eval_mode()
     if torch.equal(start, model.weights):
         raise AdapterUnchanged(
             f"clinic {place.clinic} trained {len(plan.batches)} steps in round {place.round} and "
@@ -101,6 +100,18 @@ def train(
     return TrainingResult(
         len(plan.batches), losses / max(1, target_tokens), target_tokens, tokens, seconds
     )
+
+
+@contextlib.contextmanager
+def _seeded_dropout(
+    model: AdaptedModel, settings: TrainingSettings, place: Place
+) -> Generator[None]:
+    """Draw dropout from the seed of clinic and round, and leave torch's generators as they were."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        if model.settings.dropout:
+            torch.manual_seed(derived_seed(settings.seed, "dropout", place.clinic, place.round))
+        yield
 
 
 def _accumulate(

@@ -57,12 +57,42 @@ def invite(
     target = out or Path(f"{name}.invitation.json")
     if target.exists():
         raise StorageError(f"{target} exists; name another file with --out")
-    invitation = open_site(directory).enrolments().create_invitation(name, _seconds(expires))
+    site, period = open_site(directory), _seconds(expires)
+    invitation = site.enrolments().create_invitation(name, period, fingerprint=site.fingerprint())
     invitation.write(target)
     program.say(
         f"wrote {target}, good once until {invitation.expires:%Y-%m-%d %H:%M} UTC; on the box: "
         f"fedpeft-client join {target.name} --dir ... --model ... --train ..."
     )
+
+
+@program.app.command()
+def clinics(
+    directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
+) -> None:
+    """List the enrolled clinics, a line each: name and date of enrolment.
+
+    Reads DIR/state; writes and sends nothing.
+    """
+    from fedpeft_server.site import open_site
+
+    for clinic in open_site(directory).enrolments().clinics():
+        typer.echo(f"{clinic.name}\t{clinic.enrolled:%Y-%m-%d %H:%M} UTC")
+
+
+@program.app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="the clinic's name")],
+    directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
+) -> None:
+    """Take a clinic out; its box is refused from then on, and its name is free again.
+
+    Reads and writes DIR/state; sends nothing.
+    """
+    from fedpeft_server.site import open_site
+
+    open_site(directory).enrolments().remove(name)
+    program.say(f"removed {name}; a box that should come back needs a new invitation")
 
 
 @program.app.command()

@@ -22,12 +22,13 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedpeft.config import NAME_PATTERN
 from fedpeft.errors import EnrolmentError, StorageError
 from fedpeft_server.pki import write_once
 
 SCHEMA_VERSION = 1
 _TOKEN_BYTES = 32
-_NAME = re.compile(r"[^\W_][\w .-]{0,63}")
+_NAME = re.compile(NAME_PATTERN)
 _TABLES = """
 CREATE TABLE invitations (
     id TEXT PRIMARY KEY,
@@ -76,6 +77,7 @@ class Invitation:
     ca_pem: str
     federation: str
     clinic: str
+    fingerprint: str
     token: str
     expires: datetime.datetime
 
@@ -91,6 +93,7 @@ class Invitation:
                 "server": self.server,
                 "federation": self.federation,
                 "clinic": self.clinic,
+                "base_model": self.fingerprint,
                 "expires": self.expires.isoformat(timespec="seconds"),
                 "token": self.token,
                 "ca": self.ca_pem,
@@ -166,19 +169,20 @@ class Enrolments:
         """The federation's name, as clinics are told it."""
         return self._federation
 
-    def create_invitation(self, name: str, expires_in_s: float) -> Invitation:
+    def create_invitation(self, name: str, expires_in_s: float, *, fingerprint: str) -> Invitation:
         """Invite one clinic; an older invitation of the same name, not yet used, lapses.
 
         Args:
-            name: 1 to 64 letters, digits, spaces, dots, dashes or underscores.
+            name: 1 to 64 ASCII letters, digits, dots, dashes or underscores.
             expires_in_s: seconds from now for which the token is good.
+            fingerprint: of the base model that the clinic has to bring.
 
         Raises:
             EnrolmentError: the name is unfit or taken, or the period is not positive.
         """
         if not _NAME.fullmatch(name):
             raise EnrolmentError(
-                f"{name!r} cannot be a clinic's name: use 1 to 64 letters, digits, spaces, "
+                f"{name!r} cannot be a clinic's name: use 1 to 64 letters (a to z), digits, "
                 "dots, dashes or underscores, with a letter or digit first"
             )
         if not expires_in_s > 0:
@@ -192,7 +196,7 @@ class Enrolments:
             if taken:
                 raise EnrolmentError(
                     f"a clinic named {name!r} is already enrolled: choose another name, "
-                    "or remove that clinic first"
+                    "or remove that clinic first (fedpeft-server remove)"
                 )
             database.execute("DELETE FROM invitations WHERE name = ?", (name,))
             database.execute(
@@ -204,6 +208,7 @@ class Enrolments:
             ca_pem=self._ca_pem,
             federation=self._federation,
             clinic=name,
+            fingerprint=fingerprint,
             token=f"{identity}.{secret}",
             expires=datetime.datetime.fromtimestamp(expires_at, datetime.UTC),
         )
@@ -263,7 +268,7 @@ class Enrolments:
             database.execute("DELETE FROM invitations WHERE name = ?", (name,))
             if not removed:
                 raise EnrolmentError(
-                    f"no clinic named {name!r} is enrolled: list the clinics to see the names"
+                    f"no clinic named {name!r} is enrolled: fedpeft-server clinics lists the names"
                 )
 
     def clinics(self) -> list[Clinic]:

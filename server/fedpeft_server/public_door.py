@@ -171,8 +171,9 @@ class PublicDoor:
             raise _Refused(401, "not-enrolled") from error
         now = time.monotonic()
         if now - self._members_read_at > _MEMBERS_FRESH_S:
-            self._members_read_at = now
             self._members = await asyncio.to_thread(self._member_keys)
+            # Only now: another request may have come while the keys were read.
+            self._members_read_at = now
         if key not in self._members:
             raise _Refused(401, "not-enrolled")
         return key

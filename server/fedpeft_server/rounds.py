@@ -5,7 +5,7 @@ on after a crash, so the loop is ours and calls the strategy's hooks.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,36 +88,51 @@ class Federation:
         if last is None:
             state = initial_state(self._schema, self._settings.training.seed)
             last = 0
-            self._gather(link, last)
-            self._finish(link, last, _Stopwatch(link), _Trained({}, {}, None), state)
+            watch = _Stopwatch(link)
+            base = self._insist(link, last, lambda: self._evaluate(link, last, state))
+            self._finish(last, watch, _Trained({}, {}, None), base, state)
         else:
             state = self._directory.adapter_of(last, self._schema)
+            self._directory.publish(state)
         for number in range(last + 1, self._settings.rounds.count + 1):
             if self._out_of_patience():
                 break
             watch = _Stopwatch(link)
             trained, state = self._train(link, number, state)
-            self._finish(link, number, watch, trained, state)
+            evaluated = self._evaluate(link, number, state)
+            self._finish(number, watch, trained, evaluated, state)
 
     def _train(
         self, link: Link, number: int, state: AdapterState
     ) -> "tuple[_Trained, AdapterState]":
-        """Train and aggregate one round, repeating it while too few usable answers come."""
-        rounds, why = self._settings.rounds, ""
-        for attempt in range(1, rounds.retries + 2):
-            self._gather(link, number)
+        """Train and aggregate one round."""
+
+        def ask() -> Outcome:
             messages = self._strategy.configure_train(
                 number, array_record(state, "adapter"), config_record(self._job(number)), link.grid
             )
-            outcome = self._exchange(link, number, messages, self._check_update)
+            return self._exchange(link, number, messages, self._check_update)
+
+        return self._aggregate(number, self._insist(link, number, ask))
+
+    def _insist(self, link: Link, number: int, ask: Callable[[], Outcome]) -> Outcome:
+        """Ask again while fewer usable answers come than the minimum.
+
+        Raises:
+            FederationError: too few came, however often it was asked.
+        """
+        rounds, why = self._settings.rounds, ""
+        for attempt in range(1, rounds.retries + 2):
+            self._gather(link, number)
+            outcome = ask()
             if len(outcome.answers) >= rounds.minimum_clinics:
-                return self._aggregate(number, outcome)
+                return outcome
             why = self._too_few(outcome)
             if attempt <= rounds.retries:
                 self._watcher.round_repeated(number, why)
         raise FederationError(
-            f"round {number} failed {rounds.retries + 1} times: {why}; the rounds before it are "
-            f"saved in {self._directory.path}; help the clinics named, then start again to go on"
+            f"round {number} failed {rounds.retries + 1} times: {why}; mend what the reasons name, "
+            f"then start again: finished rounds are kept in {self._directory.path}"
         )
 
     def _aggregate(self, number: int, outcome: Outcome) -> "tuple[_Trained, AdapterState]":
@@ -129,19 +144,22 @@ class Federation:
         loss = mean_loss(metrics, TRAIN_NLL, TRAIN_TOKENS)
         return _Trained(outcome.answers, outcome.failed, loss), state
 
-    def _finish(
-        self,
-        link: Link,
-        number: int,
-        watch: "_Stopwatch",
-        trained: "_Trained",
-        state: AdapterState,
-    ) -> None:
-        """Send ``state`` to everybody to keep and evaluate, then make the round durable."""
+    def _evaluate(self, link: Link, number: int, state: AdapterState) -> Outcome:
+        """Send ``state`` to everybody, to keep and to evaluate."""
         messages = self._strategy.configure_evaluate(
             number, array_record(state, "adapter"), config_record(self._job(number)), link.grid
         )
-        evaluated = self._exchange(link, number, messages, self._check_score)
+        return self._exchange(link, number, messages, self._check_score)
+
+    def _finish(
+        self,
+        number: int,
+        watch: "_Stopwatch",
+        trained: "_Trained",
+        evaluated: Outcome,
+        state: AdapterState,
+    ) -> None:
+        """Make the round durable and say so."""
         metrics = self._strategy.aggregate_evaluate(number, evaluated.answers.values())
         overall = mean_loss(metrics, VALID_NLL, VALID_TOKENS) if metrics is not None else None
         failed = {**evaluated.failed, **trained.failed}

@@ -68,20 +68,27 @@ class RunDirectory:
         """
         identity = self._identity(fingerprint)
         known = self.path / "run.json"
-        if known.is_file():
+        rounds = self._finished()
+        if known.is_file() and rounds:
             if _read_json(known) != identity:
                 raise StorageError(
-                    f"{self.path} holds a run with other settings, data or base model; "
-                    "choose another --out, or remove that directory to start over"
+                    f"{self.path} holds a run with other settings, data files or base model; name "
+                    "another directory with --out, or remove that one to start over"
                 )
-        elif self.path.exists() and {item.name for item in self.path.iterdir()} - _BESIDE:
+        elif not known.is_file() and self._present() - _BESIDE:
             raise StorageError(
-                f"{self.path} is not empty and holds no run of fedpeft; choose another --out"
+                f"{self.path} is not empty and holds no run of fedpeft; name another directory "
+                "with --out"
             )
         else:
             write_atomically(known, _json_bytes(identity))
-        rounds = self._finished()
         return rounds[-1] if rounds else None
+
+    def _present(self) -> set[str]:
+        with explained("read", self.path):
+            names = {item.name for item in self.path.iterdir()} if self.path.exists() else set()
+        # What a kill during the very first write leaves behind is ours.
+        return {name for name in names if not name.startswith(".run.json.")}
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         settings = self._settings.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
@@ -146,6 +153,17 @@ class RunDirectory:
         with explained("write", final):
             temporary.rename(final)
             sync_directory(final.parent)
+        self.publish(state)
+
+    def publish(self, state: AdapterState) -> None:
+        """Make ``state`` the run's adapter and write the summary.
+
+        A crash can come between a round's rename and this, so it is done again
+        when a run goes on.
+
+        Raises:
+            StorageError: the disk is full or read-only.
+        """
         self._save_adapter(state, self.path / "adapter")
         self.write_summary(state.schema.fingerprint)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from fedpeft.models import adapter_schema, fingerprint, require_fingerprint, resolve_base
+from fedpeft.errors import ConfigError
+from fedpeft.models import adapter_schema
 from fedpeft_server.app import build_server_app
 from fedpeft_server.narration import Narration
 from fedpeft_server.rounds import Federation
@@ -13,6 +14,8 @@ from fedpeft_server.run_directory import RunDirectory
 from fedpeft_server.site import Site
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 from fedpeft_strategies import build_strategy
+
+_LEAST_CLINICS = 2
 
 
 def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> None:
@@ -22,10 +25,12 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
         FedpeftError: of the kind that says what went wrong; finished rounds are kept.
     """
     settings = site.federation
-    model = resolve_base(settings.model.base, relative_to=site.directory)
-    if settings.model.fingerprint is not None:
-        require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
-    schema = adapter_schema(model, settings.adapter)
+    if settings.rounds.minimum_clinics < _LEAST_CLINICS:
+        raise ConfigError(
+            "rounds.minimum_clinics = 1 would show one clinic's update to all the others; raise it "
+            f"to {_LEAST_CLINICS} or more in {site.directory / 'federation.toml'}"
+        )
+    schema = adapter_schema(site.model(), settings.adapter)
     federation = Federation(
         settings,
         schema,

@@ -8,13 +8,15 @@ run/                rounds, adapter and summary (see run_directory.py)
 """
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
-from fedpeft.config import FederationSettings, Name, Settings, load_settings
+from fedpeft.config import FederationSettings, Name, Settings, load_settings, parse_settings
 from fedpeft.errors import ConfigError, StorageError
+from fedpeft.models import fingerprint, require_fingerprint, resolve_base
 from fedpeft.storage import write_atomically
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.pki import Authority, create_authority, split_address
@@ -55,6 +57,23 @@ class Site:
         """Directory of the server's databases."""
         return self.directory / "state"
 
+    def model(self) -> Path:
+        """Return the directory of the federation's base model.
+
+        Raises:
+            ModelError: it is not there or incomplete.
+            FingerprintMismatch: it is not the one that ``federation.toml`` names.
+        """
+        settings = self.federation.model
+        directory = resolve_base(settings.base, relative_to=self.directory)
+        if settings.fingerprint is not None:
+            require_fingerprint(fingerprint(directory), settings.fingerprint, directory)
+        return directory
+
+    def fingerprint(self) -> str:
+        """Return the base model's fingerprint."""
+        return fingerprint(self.model())
+
     def enrolments(self) -> Enrolments:
         """Open the invitations and clinics.
 
@@ -82,7 +101,10 @@ def create_site(directory: Path, *, address: str, name: Name, base: str) -> Site
     if directory.exists() and any(directory.iterdir()):
         raise StorageError(f"{directory} is not empty; name a new directory for the site")
     split_address(address)
+    # A path is meant from where it was typed; the file is read from the site's folder.
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     text = _FEDERATION.format(name=json.dumps(name), base=json.dumps(base))
+    parse_settings(FederationSettings, tomllib.loads(text), [], where="the command line")
     listen = _SERVER.format(address=json.dumps(address))
     create_authority(directory / "keys", address)
     write_atomically(directory / FEDERATION_FILE, text.encode())

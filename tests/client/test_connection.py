@@ -33,6 +33,7 @@ from fedpeft_server.pki import create_authority
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 
 HOUR_S = 3600.0
+BASE = "f" * 64
 CANARY = "CANARY-mrs-example-has-pneumonia"
 
 
@@ -137,7 +138,7 @@ class Federation:
 
     def join(self, name: str) -> ConnectionSettings:
         file = self.directory / f"{name}.json"
-        self.enrolments.create_invitation(name, HOUR_S).write(file)
+        self.enrolments.create_invitation(name, HOUR_S, fingerprint=BASE).write(file)
         enrolment = join(file, self.directory / name)
         return ConnectionSettings(
             server=enrolment.server,

@@ -20,6 +20,7 @@ from fedpeft_server.pki import create_authority
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 
 HOUR_S = 3600.0
+BASE = "f" * 64
 
 
 class Server:
@@ -59,8 +60,8 @@ def no_rate_limit(server):
 @pytest.fixture
 def invite(server, tmp_path, request):
     def write(expires_in_s=HOUR_S, **changes):
-        name = f"clinic {abs(hash(request.node.name))} {time.monotonic_ns()}"
-        invitation = server.enrolments.create_invitation(name, expires_in_s)
+        name = f"clinic-{abs(hash(request.node.name))}-{time.monotonic_ns()}"
+        invitation = server.enrolments.create_invitation(name, expires_in_s, fingerprint=BASE)
         document = json.loads(invitation.to_json()) | changes
         path = tmp_path / f"{time.monotonic_ns()}.json"
         path.write_text(json.dumps({k: v for k, v in document.items() if v is not None}))

@@ -75,7 +75,7 @@ def test_another_format_version_is_named():
 def test_the_layout_is_the_specified_one():
     header = b"FPADAPT\x00" + struct.pack("<HH", 1, 1) + bytes.fromhex(schema().hash)
     header += struct.pack("<Q", 14)
-    assert BYTES == header + np.arange(14, dtype="<f4").tobytes()
+    assert header + np.arange(14, dtype="<f4").tobytes() == BYTES
     assert to_bytes(STATE, "update")[8:12] == struct.pack("<HH", 1, 2)
 
 

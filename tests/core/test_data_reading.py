@@ -185,7 +185,7 @@ def test_bad_row_stops_with_its_place(
     path = write(name, content)
     assert refusal(path) == (
         f"cannot use {path}: {place} has {reason}: correct it, or leave out such rows with "
-        f"--skip-bad-rows"
+        f"skip_bad_rows = true (--skip-bad-rows)"
     )
 
 

@@ -17,7 +17,7 @@ from fedpeft.evaluation.report import evaluate_files
 from fedpeft.models import AdaptedModel, initial_state, load_base
 from fedpeft.training import Place, train
 
-WORDS = "tablet morning temperature infection operation patient evening week rest walk".split()
+WORDS = ["tablet", "morning", "fever", "drug", "knee", "patient", "evening", "week", "rest", "walk"]
 
 
 def write_records(path: Path, count: int) -> Path:
@@ -45,7 +45,7 @@ def trained(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     examples = encode(records, base.tokenizer, max_length=128).examples
     model = AdaptedModel(base, AdapterSettings(rank=8, alpha=16.0))
     model.load(initial_state(model.schema, 0))
-    settings = TrainingSettings(learning_rate=5e-3, local_steps=24, batch_size=8)
+    settings = TrainingSettings(learning_rate=1e-2, local_steps=80, batch_size=8)
     train(model, examples, settings, Place("north", 1, 1))
     return model, list(examples)
 
@@ -56,7 +56,8 @@ def greedy_matches(model: AdaptedModel, row: EncodedExample) -> bool:
     prompt = torch.tensor(row.input_ids[:first]).long()[None]
     answer = row.input_ids[first:].tolist()
     with torch.no_grad():
-        written = model.base.network.generate(
+        network: Any = model.base.network
+        written = network.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=len(answer),
@@ -87,6 +88,17 @@ def test_a_truncated_row_never_matches(trained):
     model, rows = trained
     assert score(model, rows).exact > 0
     assert score(model, [cut(row) for row in rows]).exact == 0
+
+
+@pytest.mark.parametrize("place", [-1, -2, 0], ids=["end token", "last", "first"])
+def test_one_other_token_of_the_answer_is_a_miss(trained, place: int):
+    model, rows = trained
+    hits = [row for row in rows if score(model, [row]).exact]
+    for row in hits:
+        ids = row.input_ids.copy()
+        at = row.targets.nonzero()[0][place]
+        ids[at] = 7 if ids[at] != 7 else 8
+        assert score(model, [EncodedExample(ids, row.targets, row.row, False, None)]).exact == 0
 
 
 def test_exact_match_is_what_greedy_decoding_writes(trained):

@@ -153,7 +153,7 @@ def test_an_output_directory_of_something_else_is_refused(
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     found, text = run(fedpeft, ["simulate", config, "--out", tmp_path / "out"])
     assert found == 11
-    assert "choose another --out" in one_sentence(text, "fedpeft")
+    assert "name another directory with --out" in one_sentence(text, "fedpeft")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 

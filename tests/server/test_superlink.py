@@ -32,6 +32,7 @@ from fedpeft_server.public_door import FLEET_PATHS, RateLimiter
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 
 HOUR_S = 3600.0
+BASE = "f" * 64
 
 
 def new_key() -> str:
@@ -83,7 +84,7 @@ def tmp_path(tmp_path, link) -> Path:
 @pytest.fixture(scope="module")
 def member(link) -> str:
     key = new_key()
-    link._enrol(link._enrolments.create_invitation("anna", HOUR_S).token, key)
+    link._enrol(link._enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, key)
     return base64.b64encode(key.encode()).decode()
 
 
@@ -251,7 +252,7 @@ def test_honest_reply_gets_as_far_as_the_signature_check(call, member):
 
 
 def test_enrolling_answers_who_one_is_and_registers_the_node(link, call, fresh_limit):
-    token = link._enrolments.create_invitation("bert", HOUR_S).token
+    token = link._enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
 
     status, answer = enrol(call, token=token, public_key=new_key())
 
@@ -261,9 +262,9 @@ def test_enrolling_answers_who_one_is_and_registers_the_node(link, call, fresh_l
 
 
 def test_enrolment_refusals_are_told_apart(link, call, fresh_limit):
-    used = link._enrolments.create_invitation("carl", HOUR_S).token
+    used = link._enrolments.create_invitation("carl", HOUR_S, fingerprint=BASE).token
     enrol(call, token=used, public_key=new_key())
-    expired = link._enrolments.create_invitation("dora", 0.001).token
+    expired = link._enrolments.create_invitation("dora", 0.001, fingerprint=BASE).token
     time.sleep(0.01)
 
     assert enrol(call, token="x.y", public_key=new_key()) == (403, {"reason": "unknown"})
@@ -372,7 +373,7 @@ def test_directory_serves_one_server_at_a_time(tmp_path, authority):
 
 def test_restart_keeps_nodes_and_makes_a_new_run(tmp_path, authority):
     enrolments = enrolments_in(tmp_path, authority)
-    token = enrolments.create_invitation("anna", HOUR_S).token
+    token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
     with SuperLink(settings_in(tmp_path), authority, enrolments) as first:
         first._enrol(token, new_key())
         names, run_id = first.names(), first.grid.run.run_id
@@ -386,7 +387,9 @@ def test_clinic_whose_registration_was_cut_short_gets_its_node_at_the_next_start
     tmp_path, authority
 ):
     enrolments = enrolments_in(tmp_path, authority)
-    enrolments.redeem(enrolments.create_invitation("anna", HOUR_S).token, new_key())
+    enrolments.redeem(
+        enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
+    )
 
     with SuperLink(settings_in(tmp_path), authority, enrolments) as link:
         assert list(link.names().values()) == ["anna"]

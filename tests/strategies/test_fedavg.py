@@ -1,6 +1,8 @@
 """FedAvg against NumPy, on hand-made replies."""
 
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,8 @@ from fedpeft.protocol import (
 )
 from fedpeft_strategies import FedAvg, build_strategy
 
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
 
 def schema(fingerprint: str = "a") -> AdapterSchema:
     factors = TensorSpec("m.lora_A.weight", (2, 4)), TensorSpec("m.lora_B.weight", (3, 2))
@@ -37,14 +41,9 @@ def schema(fingerprint: str = "a") -> AdapterSchema:
 SCHEMA = schema()
 
 
-class Nodes:
+def grid(*nodes: int) -> Any:
     """As much of Flower's grid as a strategy asks for."""
-
-    def __init__(self, *ids: int) -> None:
-        self._ids = ids
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._ids
+    return SimpleNamespace(get_node_ids=lambda: nodes)
 
 
 def drawn(seed: int, of: AdapterSchema = SCHEMA) -> AdapterState:
@@ -60,7 +59,7 @@ def reply(update: AdapterState, rows: float, nll: float = 1.0, tokens: float = 1
 
 def configured(start: AdapterState) -> FedAvg:
     strategy = FedAvg(SCHEMA)
-    strategy.configure_train(1, array_record(start, "adapter"), ConfigRecord(), Nodes(1))  # pyright: ignore[reportArgumentType]
+    strategy.configure_train(1, array_record(start, "adapter"), ConfigRecord(), grid(1))
     return strategy
 
 
@@ -152,8 +151,8 @@ def test_everybody_is_asked_once_in_a_fixed_order(kind: str):
     strategy, state = build_strategy("fedavg", SCHEMA), drawn(0)
     ask = strategy.configure_train if kind == TRAIN else strategy.configure_evaluate
     messages = list(
-        ask(1, array_record(state, "adapter"), ConfigRecord({"job": "x"}), Nodes(9, 3, 5))
-    )  # pyright: ignore[reportArgumentType]
+        ask(1, array_record(state, "adapter"), ConfigRecord({"job": "x"}), grid(9, 3, 5))
+    )
     assert [message.metadata.dst_node_id for message in messages] == [3, 5, 9]
     assert {message.metadata.message_type for message in messages} == {kind}
     for message in messages:
