@@ -16,6 +16,8 @@ from fedpeft.models.source import weight_files
 from fedpeft.storage import write_atomically
 
 _CHUNK_BYTES = 1 << 20
+_digests: dict[tuple[Path, int, int, int, int], str] = {}
+"""Digests that this process has seen, by path, size, inode and times of change."""
 
 
 def fingerprint(directory: Path) -> str:
@@ -49,11 +51,13 @@ def require_fingerprint(found: str, expected: str, directory: Path) -> None:
 def _file_digest(path: Path) -> str:
     try:
         status = path.stat()
-        key = f"{path.resolve()}:{status.st_size}:{status.st_ino}"
-        stamp = f"{key}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+        state = (path, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        if (remembered := _digests.get(state)) is not None:
+            return remembered
+        stamp = ":".join(str(part) for part in (path.resolve(), *state[1:]))
         cache = _cache_directory() / f"{hashlib.sha256(stamp.encode()).hexdigest()}.json"
         if (known := _read_cache(cache)) is not None:
-            return known
+            return _digests.setdefault(state, known)
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
@@ -65,7 +69,7 @@ def _file_digest(path: Path) -> str:
     # Only a cache: where it cannot be written, the next start hashes again.
     with contextlib.suppress(StorageError):
         write_atomically(cache, json.dumps({"schema": 1, "sha256": digest.hexdigest()}).encode())
-    return digest.hexdigest()
+    return _digests.setdefault(state, digest.hexdigest())
 
 
 def _cache_directory() -> Path:

@@ -3,10 +3,7 @@
 from typing import cast
 
 from flwr.app import Message
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 
@@ -17,11 +14,9 @@ def wire_bytes(message: Message) -> int:
 
 def through_the_wire(message: Message) -> tuple[Message, int]:
     """Serialise ``message``, read it back, and also return how many bytes it had."""
-    # Flower would hash every part anew each time that its id is asked for.
-    with no_object_id_recompute():
-        contents = _serialised(message)
-        size = sum(len(part) for part in contents.values())  # reading back empties it
-        arrived = cast("Message", inflate_object_from_contents(message.object_id, contents))
+    contents = _serialised(message)
+    size = sum(len(part) for part in contents.values())  # reading back empties it
+    arrived = cast("Message", inflate_object_from_contents(message.object_id, contents))
     arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
     return arrived, size
 
