@@ -38,18 +38,37 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(file.fileno(), mode)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
+        with _staged(path, data, mode) as staged:
+            staged.replace(path)
+
+
+def write_once(path: Path, data: bytes, *, mode: int) -> None:
+    """Write a new file that appears whole, with ``mode``, or not at all.
+
+    Raises:
+        FileExistsError: the file exists; it is left as it was.
+        OSError: the folder cannot be written.
+    """
+    with _staged(path, data, mode) as staged:
+        # Unlike rename, a hard link never takes the place of an existing file.
+        os.link(staged, path)
+
+
+@contextlib.contextmanager
+def _staged(path: Path, data: bytes, mode: int) -> Generator[Path]:
+    """Yield a synced temporary file beside ``path``; afterwards remove it and sync the folder."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    staged = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield staged
+    finally:
+        staged.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

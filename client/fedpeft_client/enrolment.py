@@ -6,8 +6,6 @@ connection that follows.
 
 import datetime
 import json
-import os
-import secrets
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -18,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.errors import ConnectionFailed, EnrolmentError, FedpeftError, StorageError
+from fedpeft.storage import write_once
 from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url_of
 
 SCHEMA: Final = 1
@@ -88,7 +87,7 @@ def join(invitation_file: Path, directory: Path) -> Enrolment:
     key = _own_key(key_path)
     _post(invitation, key)
     try:
-        _write_once(ca_path, invitation.ca_pem.encode("ascii"))
+        write_once(ca_path, invitation.ca_pem.encode("ascii"), mode=0o600)
     except OSError as error:
         raise _cannot_write(directory, error) from error
     return Enrolment(
@@ -175,7 +174,7 @@ def _own_key(path: Path) -> ec.EllipticCurvePrivateKey:
     )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_once(path, pem)
+        write_once(path, pem, mode=0o600)
     except OSError as error:
         raise _cannot_write(path.parent, error) from error
     return key
@@ -211,21 +210,6 @@ def _refusal(server: str, response: httpx.Response) -> FedpeftError:
             "try again, and if it goes on, tell the central site"
         )
     return not_a_server(server)
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    """Write a new file of mode 600 that appears whole or not at all, never over another."""
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        # Unlike rename, a hard link never takes the place of an existing file.
-        os.link(staged, path)
-    finally:
-        staged.unlink()
 
 
 def _cannot_write(directory: Path, error: OSError) -> StorageError:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.config import NAME_PATTERN
 from fedpeft.errors import EnrolmentError, StorageError
-from fedpeft_server.pki import write_once
+from fedpeft.storage import write_once
 
 SCHEMA_VERSION = 1
 _TOKEN_BYTES = 32
@@ -109,7 +109,7 @@ class Invitation:
             StorageError: the file exists or cannot be written.
         """
         try:
-            write_once(path, self.to_json().encode(), 0o600)
+            write_once(path, self.to_json().encode(), mode=0o600)
         except OSError as error:
             raise StorageError(
                 f"the invitation cannot be written to {path} ({error.strerror}): "

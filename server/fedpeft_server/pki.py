@@ -6,8 +6,6 @@ public CA and no name service can speak for the server. Must not know Flower.
 
 import datetime
 import ipaddress
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -18,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpeft.errors import ConfigError, StorageError
+from fedpeft.storage import write_atomically, write_once
 
 CA_VALIDITY_DAYS = 3650
 SERVER_VALIDITY_DAYS = 730
@@ -115,8 +114,8 @@ def create_authority(directory: Path, address: str) -> Authority:
     ca_certificate = _self_signed(ca_key)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_once(authority.ca_key, _key_pem(ca_key), 0o600)
-        write_once(authority.ca_certificate, _certificate_pem(ca_certificate), 0o644)
+        write_once(authority.ca_key, _key_pem(ca_key), mode=0o600)
+        write_once(authority.ca_certificate, _certificate_pem(ca_certificate), mode=0o644)
     except OSError as error:
         raise _cannot_write(directory, error) from error
     _issue_server_certificate(authority, ca_key, ca_certificate, host)
@@ -223,8 +222,8 @@ def _issue_server_certificate(
         .sign(ca_key, hashes.SHA384())
     )
     try:
-        _replace(authority.server_key, _key_pem(key), 0o600)
-        _replace(authority.server_certificate, _certificate_pem(certificate), 0o644)
+        write_atomically(authority.server_key, _key_pem(key), mode=0o600)
+        write_atomically(authority.server_certificate, _certificate_pem(certificate))
     except OSError as error:
         raise _cannot_write(authority.directory, error) from error
 
@@ -278,35 +277,6 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _certificate_pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def write_once(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file atomically; it appears whole, with ``mode``, or not at all.
-
-    Raises:
-        FileExistsError: the file exists; it is left as it was.
-    """
-    staged = _staged(path, content, mode)
-    try:
-        # Unlike rename, a hard link never takes the place of an existing file.
-        os.link(staged, path)
-    finally:
-        staged.unlink()
-
-
-def _replace(path: Path, content: bytes, mode: int) -> None:
-    _staged(path, content, mode).replace(path)
-
-
-def _staged(path: Path, content: bytes, mode: int) -> Path:
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fchmod(descriptor, mode)
-        os.fsync(descriptor)
-    return staged
 
 
 def _cannot_write(directory: Path, error: OSError) -> StorageError:

@@ -9,7 +9,7 @@ import pytest
 
 from fedpeft import storage
 from fedpeft.errors import StorageError
-from fedpeft.storage import write_atomically
+from fedpeft.storage import write_atomically, write_once
 
 
 def fail_with(code: int):
@@ -87,3 +87,13 @@ def test_the_mode_is_as_asked_whatever_the_umask(mode: int, tmp_path: Path):
 def test_folders_are_made_on_the_way(tmp_path: Path):
     write_atomically(tmp_path / "a" / "b" / "f", b"content")
     assert (tmp_path / "a" / "b" / "f").read_bytes() == b"content"
+
+
+def test_write_once_never_replaces(tmp_path: Path) -> None:
+    write_once(tmp_path / "file", b"first", mode=0o600)
+
+    with pytest.raises(FileExistsError):
+        write_once(tmp_path / "file", b"second", mode=0o600)
+
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert len(list(tmp_path.iterdir())) == 1

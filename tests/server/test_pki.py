@@ -13,7 +13,6 @@ from fedpeft_server.pki import (
     create_authority,
     renew_server_certificate,
     split_address,
-    write_once,
 )
 
 
@@ -154,13 +153,3 @@ def test_addresses_split(address, split):
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(ConfigError, match="is not an address"):
         split_address(address)
-
-
-def test_write_once_never_replaces(tmp_path):
-    write_once(tmp_path / "file", b"first", 0o600)
-
-    with pytest.raises(FileExistsError):
-        write_once(tmp_path / "file", b"second", 0o600)
-
-    assert (tmp_path / "file").read_bytes() == b"first"
-    assert len(list(tmp_path.iterdir())) == 1
