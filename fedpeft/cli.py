@@ -26,7 +26,8 @@ class EngineName(StrEnum):
 
 
 _Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="table.key=value over the configuration")
+    list[str] | None,
+    typer.Option("--set", help="table.key=value over the configuration; may be repeated"),
 ]
 
 
@@ -46,6 +47,11 @@ def simulate(
 
     Reads the configuration, base model and clinics' files; writes OUT; sends nothing.
     """
+    from fedpeft.config import FederationSettings, load_settings
+
+    if federation is not None:
+        # Before the heavy imports, so that a slip of the pen is told at once.
+        load_settings(FederationSettings, federation, overrides or [])
     from fedpeft.simulation.display import Display
     from fedpeft.simulation.plan import plan_simulation
     from fedpeft.simulation.run import simulate as run_simulation

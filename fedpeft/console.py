@@ -8,8 +8,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,13 +30,28 @@ class Program:
     def __init__(self, name: str, purpose: str) -> None:
         self.name = name
         self.app = typer.Typer(
+            callback=self._options(),
             name=name,
             help=purpose,
             no_args_is_help=True,
             add_completion=False,
             pretty_exceptions_enable=False,
-            rich_markup_mode=None,
+            rich_markup_mode="rich",
         )
+
+    def _options(self) -> Callable[..., None]:
+        """Return the options that stand before a command."""
+        told = typer.Option("--version", is_eager=True, callback=self._tell_version)
+
+        def options(version: Annotated[bool, told] = False) -> None:
+            """Typer reads the signature; the work is done in the option's callback."""
+
+        return options
+
+    def _tell_version(self, wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"{self.name} {metadata.version('fedpeft')}")
+            raise typer.Exit
 
     def say(self, sentence: str) -> None:
         """Print one sentence for the person at the terminal."""

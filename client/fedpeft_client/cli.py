@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ program = Program(
     "Take part in a federation: train on this clinic's records, which never leave this box.",
 )
 _BoxDirectory = Annotated[
-    Path, typer.Argument(help="the directory that `fedpeft-client join` made", metavar="[DIR]")
+    Path, typer.Argument(help="the directory that `fedpeft-client join` made")
 ]
 
 
@@ -25,7 +26,7 @@ _BoxDirectory = Annotated[
 def join(
     invitation: Annotated[Path, typer.Argument(help="the file from the central site")],
     directory: Annotated[Path, typer.Option("--dir", help="where this box keeps its files")],
-    model: Annotated[Path, typer.Option(help="directory of the federation's base model")],
+    model: Annotated[str, typer.Option(help="directory of the base model, or 'embedded'")],
     train: Annotated[Path, typer.Option(help="records to train on (JSONL, JSON, CSV, Parquet)")],
     valid: Annotated[Path | None, typer.Option(help="records to measure with")] = None,
     layout: Annotated[
@@ -38,7 +39,6 @@ def join(
     client.toml); sends a public key and the one-time token to the server that
     the invitation names, and nothing else.
     """
-    from fedpeft.models import fingerprint, require_complete, require_fingerprint
     from fedpeft_client.clinic import CONFIG_FILE
     from fedpeft_client.enrolment import join as enrol
     from fedpeft_client.enrolment import read_invitation
@@ -50,23 +50,25 @@ def join(
         settings_toml,
     )
 
-    require_complete(model)
     invited = read_invitation(invitation)
-    require_fingerprint(fingerprint(model), invited.fingerprint, model)
     for path in (train, valid):
         if path is not None and not path.is_file():
             raise ConfigError(f"the data file {path} does not exist; name one that does")
+    from fedpeft.models import fingerprint, require_fingerprint, resolve_base
+
+    base = resolve_base(model, relative_to=Path())
+    require_fingerprint(fingerprint(base), invited.fingerprint, base)
     enrolment = enrol(invitation, directory)
     settings = ClientSettings(
         clinic=enrolment.clinic,
         server=ServerSettings(address=enrolment.server, federation=enrolment.federation),
-        model=BoxModelSettings(directory=model.resolve(), fingerprint=enrolment.fingerprint),
+        model=BoxModelSettings(directory=base.resolve(), fingerprint=enrolment.fingerprint),
         data=DataSettings(train=train.resolve(), valid=valid and valid.resolve(), format=layout),
     )
     write_atomically(directory / CONFIG_FILE, settings_toml(settings).encode())
     program.say(
         f"joined federation {enrolment.federation} as {enrolment.clinic}; look at "
-        f"{directory / CONFIG_FILE}, then run: fedpeft-client check {directory}"
+        f"{directory / CONFIG_FILE}, then run: fedpeft-client check {quote(str(directory))}"
     )
 
 
@@ -85,7 +87,7 @@ def check(directory: _BoxDirectory = Path()) -> None:
         program.say(f"{finding.subject:<7} {'ok' if finding.ok else 'PROBLEM'}: {finding.text}")
     if failed:
         raise typer.Exit(FedpeftError.exit_code)
-    program.say(f"this box can take part; run: fedpeft-client start {directory}")
+    program.say(f"this box can take part; run: fedpeft-client start {quote(str(directory))}")
 
 
 @program.app.command()

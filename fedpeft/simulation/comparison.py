@@ -50,6 +50,9 @@ def run_demo(out: Path) -> list[Measured]:
         "pooled": _pooled(settings, clinics, data),
     }
     display = Display()
+    people.print(
+        f"{len(runs)} models are trained, one after the other; about 3 minutes on two cores"
+    )
     for name, run in runs.items():
         where = out if name == "federated" else out / "compared" / name.replace(" ", "-")
         with display.stage(

@@ -92,7 +92,7 @@ class Display:
     ) -> Generator[Stage]:
         """Show a stage of ``rounds`` rounds of ``clinics`` clinics while the body runs."""
         if quiet and not people.is_terminal:
-            people.print(f"{name}: {rounds} rounds", markup=False)
+            people.print(f"now training: {name}, {rounds} rounds ...", markup=False)
         with self._progress:
             task = self._progress.add_task(name, total=rounds * clinics, doing="")
             yield Stage(self._progress, task, rounds, quiet=quiet)

@@ -4,6 +4,7 @@ import logging
 import re
 import signal
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -15,9 +16,7 @@ program = Program(
     "fedpeft-server",
     "Run the central site of a federation: invite clinics and aggregate their updates.",
 )
-_Directory = Annotated[
-    Path, typer.Argument(help="the directory that `fedpeft-server init` made", metavar="[DIR]")
-]
+_Directory = Annotated[Path, typer.Argument(help="the directory that `fedpeft-server init` made")]
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 
 
@@ -37,7 +36,8 @@ def init(
     site = create_site(directory, address=address, name=name, base=base)
     program.say(
         f"made the site of federation {site.federation.name} in {directory}; edit "
-        f"{directory / 'federation.toml'}, then run: fedpeft-server invite NAME --dir {directory}"
+        f"{directory / 'federation.toml'}, then run: "
+        f"fedpeft-server invite NAME --dir {quote(str(directory))}"
     )
 
 
@@ -100,7 +100,8 @@ def start(
     directory: _Directory = Path(),
     out: Annotated[Path | None, typer.Option(help="results; default DIR/run")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value over federation.toml")
+        list[str] | None,
+        typer.Option("--set", help="table.key=value over federation.toml; may be repeated"),
     ] = None,
 ) -> None:
     """Serve enrolments and run the rounds; Ctrl-C stops, and the next start goes on.
@@ -116,7 +117,7 @@ def start(
     signal.signal(signal.SIGTERM, _interrupt)
     results = out or directory / "run"
     serve_federation(open_site(directory, overrides), results, program.say)
-    program.say(f"finished; the adapter is in {results / 'adapter'}")
+    program.say(f"finished; the adapter is in {(results / 'adapter').resolve()}")
 
 
 def _interrupt(*_: object) -> None:

@@ -88,6 +88,7 @@ class Federation:
         if last is None:
             state = initial_state(self._schema, self._settings.training.seed)
             last = 0
+            self._gather(link, last)
             watch = _Stopwatch(link)
             base = self._insist(link, last, lambda: self._evaluate(link, last, state))
             self._finish(last, watch, _Trained({}, {}, None), base, state)
@@ -97,6 +98,7 @@ class Federation:
         for number in range(last + 1, self._settings.rounds.count + 1):
             if self._out_of_patience():
                 break
+            self._gather(link, number)
             watch = _Stopwatch(link)
             trained, state = self._train(link, number, state)
             evaluated = self._evaluate(link, number, state)
