@@ -25,7 +25,7 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 # Arithmetic threads that wait sleep instead of spinning: on two cores with another busy program
-# a round took 6 s instead of 16 s, and alone it makes no difference.
+# a round took 6 s instead of 16 s (docs/measurements.md).
 _NEIGHBOURLY = {"OMP_WAIT_POLICY": "PASSIVE"}
 _HUB_OFF = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 

@@ -51,7 +51,7 @@ def run_demo(out: Path) -> list[Measured]:
     }
     display = Display()
     people.print(
-        f"{len(runs)} models are trained, one after the other; about 3 minutes on two cores"
+        f"{len(runs)} models are trained, one after the other; 3 to 4 minutes on two idle cores"
     )
     for name, run in runs.items():
         where = out if name == "federated" else out / "compared" / name.replace(" ", "-")
