@@ -26,7 +26,6 @@ class Stage:
         self._task = task
         self._rounds = rounds
         self._quiet = quiet
-        self._repeated = 0
 
     def observe(self, step: StepDone) -> None:
         """Show one training step."""
