@@ -92,6 +92,8 @@ def _federation(place: Path, options: argparse.Namespace) -> Path:
     lines = [
         f'name = "many"\n[model]\nbase = "{_base(place, options)}"\ndtype = "float32"\n',
         "[training]\nlocal_steps = 1\nbatch_size = 1\nmax_length = 96\nlearning_rate = 1e-3\n",
+        # Of both engines, as the one of the peer cannot keep the secrets of secure aggregation.
+        '[aggregation]\nconfidentiality = "sealed"\n',
         f"[rounds]\ncount = {options.rounds}\n",
     ]
     for number in range(options.clinics):

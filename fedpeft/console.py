@@ -4,6 +4,7 @@ Everything for people goes to stderr behind the program's name, in one sentence
 without a capital or full stop; stdout carries results that programs may read.
 """
 
+import getpass
 import os
 import sys
 import traceback
@@ -15,10 +16,13 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from fedpeft.errors import INTERRUPTED_EXIT_CODE, FedpeftError
+from fedpeft.errors import INTERRUPTED_EXIT_CODE, FedpeftError, KeyLocked
 
 DEBUG = "FEDPEFT_DEBUG"
 """Environment variable: ``1`` prints whole tracebacks, which may hold private values."""
+
+PASSPHRASE = "FEDPEFT_PASSPHRASE"  # noqa: S105 - the name of the variable
+"""Environment variable: the passphrase of the private identity, where nobody can type it."""
 
 people = Console(stderr=True, highlight=False)
 """Where tables, progress bars and sentences for people are printed."""
@@ -88,3 +92,29 @@ class Program:
             f"({DEBUG}=1 shows more, possibly private values)"
         )
         sys.exit(FedpeftError.exit_code)
+
+
+def ask_passphrase(confirm: bool) -> str:
+    """Return the identity's passphrase, from the environment or typed without an echo.
+
+    Args:
+        confirm: it is new, so it has to be typed twice.
+
+    Raises:
+        KeyLocked: there is no terminal to ask at, nothing was typed, or the two differ.
+    """
+    if passphrase := os.environ.get(PASSPHRASE):
+        return passphrase
+    if not sys.stdin.isatty():
+        raise KeyLocked(
+            "the private identity has a passphrase and there is no terminal to ask for it: set "
+            f"the environment variable {PASSPHRASE}, or use key_file in the [keys] table instead"
+        )
+    try:
+        passphrase = getpass.getpass("passphrase of the private identity: ")
+        again = getpass.getpass("the same once more: ") if confirm else passphrase
+    except EOFError:
+        raise KeyLocked("no passphrase was typed: start again") from None
+    if passphrase != again:
+        raise KeyLocked("the two passphrases differ: start again")
+    return passphrase

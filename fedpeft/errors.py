@@ -18,7 +18,23 @@
     ├── EnrolmentError             10   not-enrolled
     ├── StorageError               11   storage-failed
     ├── PolicyRefused              12   refused-by-clinic
-    └── FlowerPinError             13   wrong-flower-version
+    │   └── SecAggRequired         12   secagg-required
+    ├── FlowerPinError             13   wrong-flower-version
+    ├── SealingError               14   bad-seal
+    │   ├── WrongSignature         14   wrong-signature
+    │   ├── WrongContext           14   wrong-context
+    │   ├── TooLarge               14   too-large
+    │   └── KeyLocked              14   key-locked
+    └── AggregationRefused         15   aggregation-refused
+        ├── OutOfOrder             15   out-of-order
+        ├── TooFewClinics          15   too-few-clinics
+        ├── WeakThreshold          15   weak-threshold
+        ├── InconsistentLists      15   inconsistent-lists
+        ├── OtherModelSent         15   other-model-sent
+        ├── UnknownPeer            15   unknown-peer
+        ├── AlreadyAggregated      15   already-aggregated
+        ├── BadVector              15   bad-vector
+        └── BadShare               15   bad-share
 
 Exit code 2 is a wrong command line, 130 a stop by Ctrl-C. Codes are never
 reused. The *message* is one sentence for the person at this machine: what was
@@ -156,3 +172,101 @@ class FlowerPinError(FedpeftError):
 
     exit_code = 13
     reason = "wrong-flower-version"
+
+
+class SecAggRequired(PolicyRefused):
+    """The server wants to open this clinic's update by itself, and the clinic does not allow it."""
+
+    reason = "secagg-required"
+
+
+class SealingError(FedpeftError):
+    """A sealed message or an identity cannot be read: damaged, forged, or not for this reader."""
+
+    exit_code = 14
+    reason = "bad-seal"
+
+
+class WrongSignature(SealingError):
+    """A message was not signed by the identity that was pinned at enrolment."""
+
+    reason = "wrong-signature"
+
+
+class WrongContext(SealingError):
+    """A sealed message belongs to another federation, run, round, purpose, sender or receiver."""
+
+    reason = "wrong-context"
+
+
+class TooLarge(SealingError):
+    """A sealed message is larger than this side takes in."""
+
+    reason = "too-large"
+
+
+class KeyLocked(SealingError):
+    """A private key is encrypted and the passphrase or key file is missing or wrong."""
+
+    reason = "key-locked"
+
+
+class AggregationRefused(FedpeftError):
+    """A step of the secure aggregation was refused; nothing was revealed by it."""
+
+    exit_code = 15
+    reason = "aggregation-refused"
+
+
+class OutOfOrder(AggregationRefused):
+    """A message does not belong to the present stage of the secure aggregation."""
+
+    reason = "out-of-order"
+
+
+class TooFewClinics(AggregationRefused):
+    """Fewer clinics are left than the threshold of the secure aggregation."""
+
+    reason = "too-few-clinics"
+
+
+class WeakThreshold(AggregationRefused):
+    """The threshold is below what protects against the server that this clinic assumes."""
+
+    reason = "weak-threshold"
+
+
+class InconsistentLists(AggregationRefused):
+    """The lists of clinics that the server sent contradict each other."""
+
+    reason = "inconsistent-lists"
+
+
+class OtherModelSent(AggregationRefused):
+    """Clinics were given different adapters, jobs or lists of clinics in one round."""
+
+    reason = "other-model-sent"
+
+
+class UnknownPeer(AggregationRefused):
+    """The server names a clinic whose identity is new or changed, and this clinic refuses it."""
+
+    reason = "unknown-peer"
+
+
+class AlreadyAggregated(AggregationRefused):
+    """This clinic's update for the round is in a finished sum; another sum would tell more."""
+
+    reason = "already-aggregated"
+
+
+class BadVector(AggregationRefused):
+    """Values cannot be quantised, or a masked vector has the wrong length or words."""
+
+    reason = "bad-vector"
+
+
+class BadShare(AggregationRefused):
+    """A share of a secret does not belong to what was committed to."""
+
+    reason = "bad-share"

@@ -1,168 +1,169 @@
-"""The ClientApp: what a clinic does when the server asks it to train or to evaluate.
+"""The ClientApp: opens the server's messages, does the clinic's work, seals the answers.
 
-Installed on the box; never fetched from a server. Only the adapter's change and
-a few sums leave through it, and of an error only its reason.
+Installed on the box; never fetched from a server. Under secure aggregation an
+update leaves it only masked; where the clinic allows ``sealed`` jobs it leaves
+encrypted for the server. Of an error only its reason leaves.
 """
 
 import logging
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from fedpeft.adapters import AdapterState, save_adapter
-from fedpeft.errors import ConfigError, FedpeftError, PolicyRefused
-from fedpeft.evaluation import score
-from fedpeft.models import AdaptedModel, Workbench, fingerprint, require_fingerprint
+from fedpeft.adapters import to_bytes
+from fedpeft.errors import ConfigError, FedpeftError, SecAggRequired
 from fedpeft.protocol import (
-    ARRAYS,
-    METRICS,
+    EVALUATE,
+    JOB,
     NUM_EXAMPLES,
+    TRAIN,
     TRAIN_NLL,
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
     Job,
-    array_record,
-    job_from,
-    metric_record,
-    state_from,
+    Payload,
 )
-from fedpeft.training import Observer, Place, round_steps, train
+from fedpeft.secagg import STAGES
 from fedpeft_client.clinic import Clinic
-from fedpeft_client.records import RecordStore
-from fedpeft_client.settings import LimitSettings
+from fedpeft_client.mailbox import Mailbox, Request
+from fedpeft_client.peers import PeerBook
+from fedpeft_client.summing import SecureSums
+from fedpeft_client.work import Assignment, ClinicWork, Measured, Trained
 
 _LOG = logging.getLogger(__name__)
-_ERROR_CODE = 2
+ERROR_CODE = 2
+"""Flower's code of an exception in a client app, here with a reason of our own."""
+Handler = Callable[[Message, Context], Message]
+Seen = Callable[[Clinic, Job], None]
+"""Told of every job that a clinic accepts, before it is done."""
 
 
-class ClinicWork:
-    """Handlers for the server's messages, with the base model kept loaded between them.
+def _unseen(_clinic: Clinic, _job: Job) -> None:
+    return
 
-    ``find_clinic`` says which clinic a Flower context belongs to: always the same
-    one on a box, one of many in a simulation. ``observe`` is told of training
-    steps, ``tell`` in a sentence what was read from which file and how much was cut.
+
+class ClinicDesk:
+    """Answers messages for the clinic that ``find_clinic`` names for a Flower context.
+
+    That is always the same one on a box, and one of many in a simulation.
     """
 
     def __init__(
         self,
         find_clinic: Callable[[Context], Clinic],
-        observe: Observer | None = None,
+        work: ClinicWork,
+        *,
+        seen: Seen = _unseen,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self._find_clinic = find_clinic
-        self._observe = observe
-        self._workbench = Workbench()
-        self._records = RecordStore(tell)
+        self._work = work
+        self._seen = seen
+        self._tell = tell
+        self._mailbox = Mailbox()
+        self._sums = SecureSums()
+        self._peers: dict[str, PeerBook] = {}
 
-    def train(self, message: Message, context: Context) -> Message:
-        """Train from the server's adapter and answer with the change to it."""
-        return self._answered(message, context, self._train)
+    def sealed(self, kind: str) -> Handler:
+        """Return the handler of ``train`` or ``evaluate``: the server opens the answer."""
 
-    def evaluate(self, message: Message, context: Context) -> Message:
-        """Keep the server's adapter and answer with its validation loss here."""
-        return self._answered(message, context, self._evaluate)
+        def answer(clinic: Clinic, request: Request) -> Payload:
+            assignment = self._assignment(clinic, request, "sealed")
+            return _reported(self._do(kind, clinic, assignment))
 
-    def _answered(
-        self,
-        message: Message,
-        context: Context,
-        work: Callable[[Clinic, Job, RecordDict], RecordDict],
-    ) -> Message:
-        clinic = self._find_clinic(context)
-        try:
-            content = work(clinic, job_from(message.content), message.content)
-        except FedpeftError as error:
-            _LOG.error("%s: %s", clinic.name, error)
-            return Message(Error(_ERROR_CODE, error.reason), reply_to=message)
-        return Message(content, reply_to=message)
+        return self._handler(answer)
 
-    def _train(self, clinic: Clinic, job: Job, content: RecordDict) -> RecordDict:
-        if job.round < 1:
-            raise ConfigError(
-                "the server asks to train in round 0, which only evaluates; install the same "
-                "fedpeft release on both sides"
+    def summed(self, kind: str, stage: str) -> Handler:
+        """Return the handler of one stage of a secure sum, such as ``train.masked``."""
+
+        def begin(clinic: Clinic, request: Request) -> Payload:
+            assignment = self._assignment(clinic, request, "secagg")
+            self._sums.require_new(clinic, request.context, kind)
+            # What is left of an attempt before is void, and need not stay in memory.
+            self._sums.forget(clinic.name)
+            outcome = self._do(kind, clinic, assignment)
+            keys = self._sums.begin(
+                clinic,
+                request.context,
+                assignment,
+                outcome,
+                lambda peers: self._admit(clinic, peers),
             )
-        model, start = self._prepare(clinic, job, content)
-        rows = self._records.train(clinic, model.base, job.training.max_length)
-        steps = round_steps(len(rows.examples), job.training)
-        _require_within("max_steps", steps, clinic.limits.max_steps)
-        place = Place(clinic.name, job.round, job.rounds)
-        result = train(model, rows.examples, job.training, place, self._observe)
-        update = model.read().minus(start)
-        update.require_finite(source=f"clinic {clinic.name}")
-        metrics = metric_record(
-            {
-                NUM_EXAMPLES: len(rows.examples),
-                TRAIN_NLL: result.loss * result.target_tokens,
-                TRAIN_TOKENS: result.target_tokens,
-            }
-        )
-        return RecordDict({ARRAYS: array_record(update, "update"), METRICS: metrics})
+            return Payload(blob=keys)
 
-    def _evaluate(self, clinic: Clinic, job: Job, content: RecordDict) -> RecordDict:
-        model, state = self._prepare(clinic, job, content)
-        valid = score(model, self._records.valid(clinic, model.base, job.training.max_length))
-        if clinic.adapter_directory is not None and job.round > 0:
-            _require_disk(clinic.limits, clinic.adapter_directory.parent)
-            base_name = str(clinic.model.resolve())
-            save_adapter(state, job.adapter, clinic.adapter_directory, base_name=base_name)
-        metrics = metric_record({VALID_NLL: valid.nll, VALID_TOKENS: valid.tokens})
-        return RecordDict({METRICS: metrics})
+        def go_on(clinic: Clinic, request: Request) -> Payload:
+            data = request.payload.blob
+            return Payload(blob=self._sums.go_on(clinic, request.context, stage, data))
 
-    def _prepare(
-        self, clinic: Clinic, job: Job, content: RecordDict
-    ) -> tuple[AdaptedModel, AdapterState]:
-        """Check the job against the clinic's limits and model, then load the adapter."""
-        _require_allowed(clinic, job)
-        require_fingerprint(fingerprint(clinic.model), job.fingerprint, clinic.model)
-        model = self._workbench.adapted(
-            clinic.model, job.adapter, quantization=job.quantization, dtype=clinic.dtype
-        )
-        state = state_from(content, model.schema, "adapter", source="the server")
-        state.require_finite(source="the server")
-        model.load(state)
-        return model, state
+        return self._handler(begin if stage == STAGES[0] else go_on)
+
+    def _handler(self, answer: Callable[[Clinic, Request], Payload]) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            clinic = self._find_clinic(context)
+            try:
+                request = self._mailbox.open(clinic, message)
+                return self._mailbox.answer(clinic, request, answer(clinic, request))
+            except FedpeftError as error:
+                _LOG.error("%s: %s", clinic.name, error)
+                return Message(Error(ERROR_CODE, error.reason), reply_to=message)
+
+        return handle
+
+    def _assignment(self, clinic: Clinic, request: Request, confidentiality: str) -> Assignment:
+        """Read the job, and refuse one that is less confidential than this clinic demands."""
+        context = request.context
+        job = Job.from_json(request.payload.text(JOB, source="the server"))
+        if job.aggregation.confidentiality == "sealed" and clinic.aggregation.require_secagg:
+            raise SecAggRequired(
+                "the server wants to open this clinic's update by itself, and require_secagg = "
+                "true in client.toml forbids it: nothing was trained; set it to false only if this "
+                "clinic agrees, or ask the central site for secure aggregation"
+            )
+        if (job.aggregation.confidentiality, job.round) != (confidentiality, context.round):
+            raise ConfigError(
+                "the server's job is not what its message was sealed as: nothing was trained; "
+                "install the same fedpeft release on both sides"
+            )
+        self._seen(clinic, job)
+        return Assignment(job, request.adapter(), context.schema)
+
+    def _do(self, kind: str, clinic: Clinic, assignment: Assignment) -> Trained | Measured:
+        work = self._work.train if kind == TRAIN else self._work.evaluate
+        return work(clinic, assignment)
+
+    def _admit(self, clinic: Clinic, peers: Mapping[str, bytes]) -> None:
+        """Let the clinic compare the other clinics' keys with those it has seen before."""
+        if clinic.name not in self._peers:
+            accept_new = clinic.aggregation.new_peers == "accept"
+            self._peers[clinic.name] = PeerBook(clinic.membership.peers, accept_new=accept_new)
+        new = self._peers[clinic.name].admit(peers)
+        if new and self._tell is not None:
+            self._tell(
+                f"{clinic.name}: first sum together with {', '.join(new)}; their keys are "
+                "remembered (fedpeft-client peers)"
+            )
 
 
-def build_client_app(work: ClinicWork) -> ClientApp:
-    """Return Flower's app around the handlers of ``work``."""
+def _reported(outcome: Trained | Measured) -> Payload:
+    """Return what the server may read by itself under ``sealed``."""
+    if isinstance(outcome, Trained):
+        fields = {
+            NUM_EXAMPLES: outcome.rows,
+            TRAIN_NLL: outcome.nll,
+            TRAIN_TOKENS: outcome.tokens,
+        }
+        return Payload({**fields}, to_bytes(outcome.update, "update"))
+    return Payload({VALID_NLL: outcome.nll, VALID_TOKENS: outcome.tokens})
+
+
+def build_client_app(desk: ClinicDesk) -> ClientApp:
+    """Return Flower's app around the handlers of ``desk``."""
     app = ClientApp()
-    app.train()(work.train)
-    app.evaluate()(work.evaluate)
+    app.train()(desk.sealed(TRAIN))
+    app.evaluate()(desk.sealed(EVALUATE))
+    for stage in STAGES:
+        app.train(stage)(desk.summed(TRAIN, stage))
+        app.evaluate(stage)(desk.summed(EVALUATE, stage))
     return app
-
-
-def _require_allowed(clinic: Clinic, job: Job) -> None:
-    """Check what the server asks for against the clinic's own limits.
-
-    Raises:
-        ConfigError: the job is of another federation.
-        PolicyRefused: it asks for more than a limit allows; names the limit.
-    """
-    if job.federation != clinic.federation:
-        raise ConfigError(
-            f"the server runs federation {job.federation!r} and this clinic joined "
-            f"{clinic.federation!r}; join again with an invitation of the right one"
-        )
-    _require_within("max_rank", job.adapter.rank, clinic.limits.max_rank)
-
-
-def _require_disk(limits: LimitSettings, directory: Path) -> None:
-    free = shutil.disk_usage(directory).free >> 20
-    if free < limits.min_free_disk_mb:
-        raise PolicyRefused(
-            f"{free} MiB are free in {directory} where limits.min_free_disk_mb = "
-            f"{limits.min_free_disk_mb} in client.toml; free some space or lower that limit"
-        )
-
-
-def _require_within(limit: str, asked: int, allowed: int) -> None:
-    if asked > allowed:
-        raise PolicyRefused(
-            f"the server asks for {asked} where limits.{limit} = {allowed} in client.toml; "
-            "raise the limit if you agree, or ask the central site for less"
-        )

@@ -1,18 +1,29 @@
-"""A clinic box on disk: its directory with configuration, key and received adapter.
+"""A clinic box on disk: its directory with configuration, keys and received adapter.
 
 client.toml     what the clinic's people decide
-key.pem         the private key, mode 600; it never leaves the box
+key.pem         the private key of the connection, mode 600; it never leaves the box
 ca.pem          the certificate authority of the federation
+identity.key    the private identity, mode 600, encrypted if ``[keys]`` says so
+server.identity the server's public identity, pinned when the box joined
+peers.json      the keys of other clinics, as this box has seen them
+status.json     what the client last took part in
 adapter/        the last adapter that the server sent (stock PEFT)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.config import load_settings
-from fedpeft.errors import EnrolmentError
-from fedpeft_client.clinic import CONFIG_FILE, Clinic, clinic_of
+from fedpeft.errors import EnrolmentError, SealingError
+from fedpeft.sealing.identity import Identity, PublicIdentity
+from fedpeft.sealing.keyfile import load_identity, protection_from
+from fedpeft.storage import explained
+from fedpeft_client.clinic import CONFIG_FILE, Clinic, Membership, clinic_of
+from fedpeft_client.enrolment import CA_FILE, IDENTITY_FILE, KEY_FILE, SERVER_IDENTITY_FILE
+from fedpeft_client.peers import PeerBook
 from fedpeft_client.settings import ClientSettings
+from fedpeft_client.status import StatusFile
 
 
 @dataclass(frozen=True)
@@ -25,24 +36,91 @@ class Box:
     @property
     def key(self) -> Path:
         """The private key."""
-        return self.directory / "key.pem"
+        return self.directory / KEY_FILE
 
     @property
     def ca(self) -> Path:
         """The federation's certificate authority."""
-        return self.directory / "ca.pem"
+        return self.directory / CA_FILE
 
     @property
-    def clinic(self) -> Clinic:
-        """The clinic as the client app sees it."""
-        return clinic_of(self.settings, self.directory)
+    def identity_path(self) -> Path:
+        """The private identity."""
+        return self.directory / IDENTITY_FILE
+
+    @property
+    def server_identity(self) -> PublicIdentity:
+        """The server's identity that was pinned when this box joined.
+
+        Raises:
+            StorageError: the file cannot be read.
+            SealingError: it is damaged.
+        """
+        path = self.directory / SERVER_IDENTITY_FILE
+        with explained("read", path):
+            content = path.read_bytes()
+        try:
+            return PublicIdentity.from_text(content.decode("ascii").strip())
+        except (UnicodeDecodeError, SealingError) as error:
+            raise SealingError(
+                f"{path} is damaged, so the server cannot be recognised: restore it from the "
+                "backup, or ask for a new invitation and join in another directory"
+            ) from error
+
+    @property
+    def peers_path(self) -> Path:
+        """Where the other clinics that this box has seen are kept."""
+        return self.directory / "peers.json"
+
+    @property
+    def peers(self) -> PeerBook:
+        """The other clinics that this box has seen."""
+        accept_new = self.settings.aggregation.new_peers == "accept"
+        return PeerBook(self.peers_path, accept_new=accept_new)
+
+    @property
+    def status(self) -> StatusFile:
+        """What the running client last took part in."""
+        return StatusFile(self.directory / "status.json")
+
+    @property
+    def model(self) -> Path:
+        """The directory of the base model."""
+        return self.directory / self.settings.model.directory
+
+    @property
+    def records(self) -> list[Path]:
+        """The files of records: to train on, and to measure with if there is one."""
+        files = (self.settings.data.train, self.settings.data.valid)
+        return [self.directory / path for path in files if path is not None]
+
+    def clinic(self, identity: Identity) -> Clinic:
+        """Return the clinic as the client app sees it; ``identity`` is its own, unlocked.
+
+        Raises:
+            SealingError, StorageError: the server's identity cannot be read.
+        """
+        membership = Membership(identity, self.server_identity, self.peers_path)
+        return clinic_of(self.settings, self.directory, membership)
+
+    def load_identity(self, ask: Callable[[], str]) -> Identity:
+        """Return the private identity; ``ask`` returns the passphrase where there is one.
+
+        Raises:
+            KeyLocked: the passphrase or key file is missing or wrong.
+            SealingError: the file is damaged.
+            StorageError: other users can read it.
+        """
+        protection = protection_from(self.settings.keys, self.directory, ask)
+        return load_identity(self.identity_path, protection)
 
 
 def open_box(directory: Path) -> Box:
     """Read the box in ``directory``.
 
     Raises:
-        EnrolmentError: this directory has not joined a federation.
+        EnrolmentError: this directory has not joined a federation, or did so with a
+            release before sealing.
         ConfigError: ``client.toml`` cannot be used.
     """
     if not (directory / CONFIG_FILE).is_file():
@@ -50,4 +128,10 @@ def open_box(directory: Path) -> Box:
             f"{directory} has no {CONFIG_FILE}; join a federation first: "
             "fedpeft-client join INVITATION --dir DIRECTORY"
         )
+    for name in (IDENTITY_FILE, SERVER_IDENTITY_FILE):
+        if not (directory / name).is_file():
+            raise EnrolmentError(
+                f"{directory} has no {name}, as it was made by an older release or the file was "
+                "lost: ask the central site for a new invitation, and join again in a new directory"
+            )
     return Box(directory, load_settings(ClientSettings, directory / CONFIG_FILE))

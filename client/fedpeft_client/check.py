@@ -12,6 +12,7 @@ from fedpeft.models import context_length, fingerprint, require_complete, requir
 from fedpeft.models.source import weight_files
 from fedpeft_client.box import Box
 from fedpeft_client.fleet import load_key
+from fedpeft_client.peers import key_fingerprint
 from fedpeft_client.reachability import probe
 
 _MIB = 1 << 20
@@ -26,10 +27,15 @@ class Finding:
     text: str
 
 
-def check(box: Box) -> Generator[Finding]:
-    """Yield a finding for key, model, data, disk, memory and server, as they become known."""
+def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
+    """Yield a finding for each question about this box, as they become known.
+
+    The questions: key, identity, model, data, disk, memory and server. ``ask`` returns
+    the identity's passphrase, where it has one.
+    """
     questions: dict[str, Callable[[Box], str]] = {
         "key": _key,
+        "identity": lambda box: _identity(box, ask),
         "model": _model,
         "data": _data,
         "disk": _disk,
@@ -48,8 +54,17 @@ def _key(box: Box) -> str:
     return f"{box.key} is private"
 
 
+def _identity(box: Box, ask: Callable[[], str]) -> str:
+    own, server = box.load_identity(ask).public, box.server_identity
+    # The central site lists whole identities, other clinics are shown the signing key alone.
+    return (
+        f"fingerprint {own.fingerprint}; other clinics see the key "
+        f"{key_fingerprint(own.signing_bytes)}; the server's fingerprint is {server.fingerprint}"
+    )
+
+
 def _model(box: Box) -> str:
-    directory = box.clinic.model
+    directory = box.model
     require_complete(directory)
     if box.settings.model.fingerprint is not None:
         require_fingerprint(fingerprint(directory), box.settings.model.fingerprint, directory)
@@ -61,11 +76,10 @@ def _model(box: Box) -> str:
 
 
 def _data(box: Box) -> str:
-    data = box.clinic.data
-    files = [data.train] if data.valid is None else [data.train, data.valid]
+    data = box.settings.data
     read = [
         read_records(path, format=data.format, skip_bad_rows=data.skip_bad_rows).describe()
-        for path in files
+        for path in box.records
     ]
     note = "" if data.valid else "; no validation file, so this box reports no loss"
     return "; ".join(read) + note
@@ -85,7 +99,7 @@ def _disk(box: Box) -> str:
 def _memory(box: Box) -> str:
     available = psutil.virtual_memory().available // _MIB
     # In 4 bits the base takes about a third of its file; that is the least it needs.
-    least = sum(path.stat().st_size for path in weight_files(box.clinic.model)) // (3 * _MIB)
+    least = sum(path.stat().st_size for path in weight_files(box.model)) // (3 * _MIB)
     if available < least:
         raise ModelError(
             f"{available} MiB of memory are available and the base model needs at least {least}; "

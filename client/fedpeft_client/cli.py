@@ -3,13 +3,14 @@
 import logging
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
 
-from fedpeft.console import Program
+from fedpeft.console import Program, ask_passphrase
 from fedpeft.errors import ConfigError, FedpeftError
 from fedpeft.storage import write_atomically
 
@@ -32,16 +33,25 @@ def join(
     layout: Annotated[
         str | None, typer.Option("--format", help="record layout, if the file leaves it open")
     ] = None,
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="encrypt the identity; asked for at every start")
+    ] = False,
+    key_file: Annotated[
+        Path | None, typer.Option(help="encrypt the identity with the content of this file")
+    ] = None,
 ) -> None:
     """Enrol this box with an invitation file.
 
-    Reads the invitation, model and data paths; writes DIR (key.pem, ca.pem,
-    client.toml); sends a public key and the one-time token to the server that
-    the invitation names, and nothing else.
+    Reads the invitation, model and data paths, and the key file if there is one;
+    writes DIR (key.pem, identity.key, server.identity, ca.pem, client.toml); sends
+    a public key, a public identity, a signature and the one-time token to the
+    server that the invitation names, and nothing else.
     """
+    from fedpeft.config import KeySettings, parse_settings
+    from fedpeft.sealing.keyfile import protection_from
     from fedpeft_client.clinic import CONFIG_FILE
+    from fedpeft_client.enrolment import IDENTITY_FILE, read_invitation
     from fedpeft_client.enrolment import join as enrol
-    from fedpeft_client.enrolment import read_invitation
     from fedpeft_client.settings import (
         BoxModelSettings,
         ClientSettings,
@@ -58,23 +68,29 @@ def join(
 
     base = resolve_base(model, relative_to=Path())
     require_fingerprint(fingerprint(base), invited.fingerprint, base)
-    enrolment = enrol(invitation, directory)
+    chosen = {"passphrase": passphrase, "key_file": key_file and key_file.absolute()}
+    keys = parse_settings(KeySettings, chosen, [], where="the command line")
+    # After an interrupted attempt the identity is there, and its passphrase is not new.
+    ask = partial(ask_passphrase, confirm=not (directory / IDENTITY_FILE).exists())
+    enrolment = enrol(invitation, directory, protection_from(keys, Path(), ask))
     settings = ClientSettings(
         clinic=enrolment.clinic,
         server=ServerSettings(address=enrolment.server, federation=enrolment.federation),
         model=BoxModelSettings(directory=base.resolve(), fingerprint=enrolment.fingerprint),
         data=DataSettings(train=train.resolve(), valid=valid and valid.resolve(), format=layout),
+        keys=keys,
     )
     write_atomically(directory / CONFIG_FILE, settings_toml(settings).encode())
     program.say(
-        f"joined federation {enrolment.federation} as {enrolment.clinic}; look at "
+        f"joined federation {enrolment.federation} as {enrolment.clinic}, this box's fingerprint "
+        f"is {enrolment.identity.fingerprint}; look at "
         f"{directory / CONFIG_FILE}, then run: fedpeft-client check {quote(str(directory))}"
     )
 
 
 @program.app.command()
 def check(directory: _BoxDirectory = Path()) -> None:
-    """Say whether this box can take part: key, model, data, disk, memory and server.
+    """Say whether this box can take part: keys, model, data, disk, memory and server.
 
     Reads everything, writes nothing, and sends the server one request without content.
     """
@@ -82,27 +98,64 @@ def check(directory: _BoxDirectory = Path()) -> None:
     from fedpeft_client.check import check as findings
 
     failed = False
-    for finding in findings(open_box(directory)):
+    for finding in findings(open_box(directory), partial(ask_passphrase, confirm=False)):
         failed = failed or not finding.ok
-        program.say(f"{finding.subject:<7} {'ok' if finding.ok else 'PROBLEM'}: {finding.text}")
+        program.say(f"{finding.subject:<8} {'ok' if finding.ok else 'PROBLEM'}: {finding.text}")
     if failed:
         raise typer.Exit(FedpeftError.exit_code)
     program.say(f"this box can take part; run: fedpeft-client start {quote(str(directory))}")
 
 
 @program.app.command()
+def peers(
+    directory: _BoxDirectory = Path(),
+    forget: Annotated[
+        str | None, typer.Option(help="a clinic whose new key was compared by telephone")
+    ] = None,
+) -> None:
+    """List the other clinics that this box has seen, a line each: name and key fingerprint.
+
+    Reads DIR; with --forget, takes that clinic out of DIR/peers.json; sends nothing.
+    """
+    from fedpeft_client.box import open_box
+
+    book = open_box(directory).peers
+    if forget is not None:
+        book.forget(forget)
+        program.say(f"forgot {forget}; it counts as never seen from the next round on")
+    for name, fingerprint in book.known().items():
+        typer.echo(f"{name}\t{fingerprint}")
+
+
+@program.app.command()
+def status(directory: _BoxDirectory = Path()) -> None:
+    """Say which federation this box is in, what it demands, and what it last took part in.
+
+    Reads DIR; writes and sends nothing.
+    """
+    from fedpeft_client.box import open_box
+    from fedpeft_client.status import status_lines
+
+    for line in status_lines(open_box(directory)):
+        typer.echo(line)
+
+
+@program.app.command()
 def start(directory: _BoxDirectory = Path()) -> None:
     """Take part until stopped with Ctrl-C: wait for the server's rounds and train in them.
 
-    Reads the records and the base model; writes DIR/adapter; sends adapter
-    updates, summed losses, token counts and the number of training rows.
+    Reads the records and the base model; writes DIR/adapter, DIR/status.json and
+    DIR/peers.json; sends the adapter's change, summed losses, token counts and the
+    number of training rows: masked, so that the server learns only sums over clinics,
+    unless DIR/client.toml allows that it opens them (require_secagg = false).
     """
     import torch
 
-    from fedpeft_client.app import ClinicWork, build_client_app
+    from fedpeft_client.app import ClinicDesk, build_client_app
     from fedpeft_client.box import open_box
     from fedpeft_client.connection import ConnectionSettings, serve
     from fedpeft_client.narration import narrate_events, narrate_steps
+    from fedpeft_client.work import ClinicWork
 
     box = open_box(directory)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -111,15 +164,20 @@ def start(directory: _BoxDirectory = Path()) -> None:
         torch.set_num_threads(box.settings.limits.threads)
     stop = threading.Event()
     _stop_on_signals(stop)
-    clinic = box.clinic
-    work = ClinicWork(lambda _context: clinic, narrate_steps(program.say), program.say)
+    clinic = box.clinic(box.load_identity(partial(ask_passphrase, confirm=False)))
+    desk = ClinicDesk(
+        lambda _context: clinic,
+        ClinicWork(narrate_steps(program.say), program.say),
+        seen=box.status.saw,
+        tell=program.say,
+    )
     settings = ConnectionSettings(
         server=box.settings.server.address,
         key=box.key,
         ca=box.ca,
         max_payload_bytes=box.settings.limits.max_message_mb << 20,
     )
-    serve(build_client_app(work), settings, stop=stop, on_event=narrate_events(program.say))
+    serve(build_client_app(desk), settings, stop=stop, on_event=narrate_events(program.say))
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

@@ -7,9 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedpeft.config import ComputeDtype
-from fedpeft_client.settings import ClientSettings, DataSettings, LimitSettings
+from fedpeft.sealing import Identity, PublicIdentity
+from fedpeft_client.settings import (
+    ClientSettings,
+    ConfidentialitySettings,
+    DataSettings,
+    LimitSettings,
+)
 
 CONFIG_FILE = "client.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A clinic's identity in its federation, and the server's that was pinned at enrolment.
+
+    ``peers`` is where the identities of other clinics are kept; None: in memory.
+    """
+
+    identity: Identity
+    server: PublicIdentity
+    peers: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +36,16 @@ class Clinic:
 
     name: str
     federation: str
+    membership: Membership
     model: Path
     data: DataSettings
     dtype: ComputeDtype = "auto"
     limits: LimitSettings = field(default_factory=LimitSettings)
+    aggregation: ConfidentialitySettings = field(default_factory=ConfidentialitySettings)
     adapter_directory: Path | None = None
 
 
-def clinic_of(settings: ClientSettings, directory: Path) -> Clinic:
+def clinic_of(settings: ClientSettings, directory: Path, membership: Membership) -> Clinic:
     """Return the clinic of a box whose files lie in ``directory``."""
     data = settings.data.model_copy(
         update={
@@ -36,9 +56,11 @@ def clinic_of(settings: ClientSettings, directory: Path) -> Clinic:
     return Clinic(
         name=settings.clinic,
         federation=settings.server.federation,
+        membership=membership,
         model=directory / settings.model.directory,
         data=data,
         dtype=settings.model.dtype,
         limits=settings.limits,
+        aggregation=settings.aggregation,
         adapter_directory=directory / "adapter",
     )

@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 
 from fedpeft.errors import PolicyRefused
 from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft.protocol import MESSAGE_TYPES
 from fedpeft_client.answering import Application, answer, refusal
 from fedpeft_client.fleet import Clock, FleetClient, load_key, open_http, read_ca
 from fedpeft_client.session import MessageLost, RunEnded, Session, Stopped
@@ -46,7 +47,7 @@ class ConnectionSettings:
     server: str
     key: Path
     ca: Path
-    message_types: frozenset[str] = frozenset({"train", "evaluate"})
+    message_types: frozenset[str] = MESSAGE_TYPES
     max_payload_bytes: int = 1 << 30
     poll_s: float = 0.2
     idle_poll_s: float = 1.0

@@ -1,6 +1,6 @@
-"""Join a federation: turn an invitation file into a key that the server knows.
+"""Join a federation: turn an invitation file into keys that the server knows, and know its own.
 
-The private key is made here and never leaves the machine. Must not know the
+The private keys are made here and never leave the machine. Must not know the
 connection that follows.
 """
 
@@ -15,21 +15,44 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedpeft.errors import ConnectionFailed, EnrolmentError, FedpeftError, StorageError
+from fedpeft.errors import (
+    ConnectionFailed,
+    EnrolmentError,
+    FedpeftError,
+    SealingError,
+    StorageError,
+)
+from fedpeft.sealing.identity import Identity, PublicIdentity
+from fedpeft.sealing.keyfile import Protection, load_identity, save_identity
+from fedpeft.sealing.possession import prove_possession
 from fedpeft.storage import write_once
 from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url_of
 
-SCHEMA: Final = 1
+KEY_FILE: Final = "key.pem"
+CA_FILE: Final = "ca.pem"
+IDENTITY_FILE: Final = "identity.key"
+SERVER_IDENTITY_FILE: Final = "server.identity"
+
+SCHEMA: Final = 2
 _MAX_INVITATION_BYTES: Final = 64 << 10
-_FIELDS: Final = ("server", "federation", "clinic", "base_model", "expires", "token", "ca")
+_FIELDS: Final = (
+    "server",
+    "federation",
+    "clinic",
+    "base_model",
+    "expires",
+    "token",
+    "identity",
+    "ca",
+)
 _REFUSALS: Final = {
     "unknown": "the server does not know this invitation, or a newer one has replaced it: "
     "ask the central site for a new invitation",
     "expired": "the invitation has expired: ask the central site for a new one",
     "used": "the invitation was already used by another machine: if that was not you, tell the "
     "central site at once, and ask for a new invitation",
-    "bad-key": "the server did not accept this machine's key: "
-    "join with an empty directory, so that a new key is made",
+    "bad-key": "the server did not accept this machine's keys: "
+    "join with an empty directory, so that new keys are made",
     "too-many-attempts": "the server has seen too many attempts from this network: "
     "wait a minute, and join again",
 }
@@ -37,7 +60,11 @@ _REFUSALS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Enrolment:
-    """A membership: what the clinic's configuration must name."""
+    """A membership: what the clinic's configuration must name.
+
+    ``identity`` is this clinic's and ``server_identity`` the one that was pinned;
+    ``fingerprint`` is the base model's.
+    """
 
     server: str
     federation: str
@@ -45,6 +72,8 @@ class Enrolment:
     fingerprint: str
     key: Path
     ca: Path
+    identity: PublicIdentity
+    server_identity: PublicIdentity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +85,25 @@ class Invitation:
     clinic: str
     fingerprint: str
     ca_pem: str
+    identity: PublicIdentity
     token: str
 
     def __repr__(self) -> str:
         return f"Invitation(clinic={self.clinic!r})"
 
 
-def join(invitation_file: Path, directory: Path) -> Enrolment:
+def join(invitation_file: Path, directory: Path, protection: Protection) -> Enrolment:
     """Enrol this machine with an invitation.
 
-    Makes ``directory`` (mode 700) with ``key.pem`` (mode 600) and, once the
-    server has accepted, ``ca.pem``. After a failure the key stays and is used
-    again by the next attempt, with the same or another invitation.
+    Makes ``directory`` (mode 700) with ``key.pem`` and ``identity.key`` (mode 600)
+    and, once the server has accepted, ``server.identity`` and ``ca.pem``. After a
+    failure the keys stay and are used again by the next attempt, with the same or
+    another invitation.
+
+    Args:
+        invitation_file: from the central site.
+        directory: of the box.
+        protection: how ``identity.key`` is encrypted, or was by an attempt before.
 
     Raises:
         EnrolmentError: the invitation is missing, unreadable, expired, used or
@@ -75,18 +111,26 @@ def join(invitation_file: Path, directory: Path) -> Enrolment:
         ConfigError: the invitation's server address is none.
         ConnectionFailed: the server cannot be reached.
         CertificateRefused: what answers is not the server of the invitation.
-        StorageError: the directory cannot be written.
+        StorageError: the directory cannot be written, or a key file is open to others.
+        KeyLocked: an attempt before protected ``identity.key`` in another way.
+        SealingError: ``identity.key`` is damaged.
     """
     invitation = read_invitation(invitation_file)
-    key_path, ca_path = directory / "key.pem", directory / "ca.pem"
+    key_path, ca_path = directory / KEY_FILE, directory / CA_FILE
+    pin_path, pin = directory / SERVER_IDENTITY_FILE, _pin_of(invitation.identity)
     if ca_path.exists():
         raise EnrolmentError(
             f"{directory} is enrolled in a federation already: "
             "join with another, empty directory, or delete this one to leave its federation"
         )
+    _require_same_server(pin_path, pin)
     key = _own_key(key_path)
-    _post(invitation, key)
+    identity = _own_identity(directory / IDENTITY_FILE, protection)
+    _post(invitation, key, identity)
     try:
+        if not pin_path.exists():
+            write_once(pin_path, pin, mode=0o600)
+        # The last file: it says that this directory is enrolled.
         write_once(ca_path, invitation.ca_pem.encode("ascii"), mode=0o600)
     except OSError as error:
         raise _cannot_write(directory, error) from error
@@ -97,6 +141,8 @@ def join(invitation_file: Path, directory: Path) -> Enrolment:
         fingerprint=invitation.fingerprint,
         key=key_path,
         ca=ca_path,
+        identity=identity.public,
+        server_identity=invitation.identity,
     )
 
 
@@ -123,6 +169,11 @@ def read_invitation(path: Path) -> Invitation:
             f"{path} is not an invitation (it is no JSON object): "
             "give the file that the central site sent you"
         )
+    if document.get("schema") == 1:
+        raise EnrolmentError(
+            f"the invitation {path} was made by an older release, without the server's identity: "
+            "ask the central site for a new one, made with the release that is installed here"
+        )
     if document.get("schema") != SCHEMA:
         raise EnrolmentError(
             f"the invitation {path} has schema {document.get('schema')!r}, but this program knows "
@@ -143,7 +194,8 @@ def _unexpired(path: Path, fields: dict[str, Any]) -> Invitation:
         expires = datetime.datetime.fromisoformat(fields["expires"])
         expired = expires <= datetime.datetime.now(datetime.UTC)
         fields["ca"].encode("ascii")
-    except (ValueError, TypeError) as error:
+        identity = PublicIdentity.from_text(fields["identity"])
+    except (ValueError, TypeError, SealingError) as error:
         raise EnrolmentError(
             f"the invitation {path} is damaged: "
             "use an unchanged copy of the file that the central site sent you"
@@ -159,6 +211,7 @@ def _unexpired(path: Path, fields: dict[str, Any]) -> Invitation:
         clinic=fields["clinic"],
         fingerprint=fields["base_model"],
         ca_pem=fields["ca"],
+        identity=identity,
         token=fields["token"],
     )
 
@@ -180,16 +233,51 @@ def _own_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _post(invitation: Invitation, key: ec.EllipticCurvePrivateKey) -> None:
+def _own_identity(path: Path, protection: Protection) -> Identity:
+    if path.exists():
+        return load_identity(path, protection)
+    identity = Identity.generate()
+    save_identity(identity, path, protection)
+    return identity
+
+
+def _pin_of(server: PublicIdentity) -> bytes:
+    return f"{server.to_text()}\n".encode("ascii")
+
+
+def _require_same_server(path: Path, pin: bytes) -> None:
+    """Refuse an invitation of another server than an interrupted attempt was accepted by."""
+    try:
+        if path.read_bytes() == pin:
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot_write(path.parent, error) from error
+    raise EnrolmentError(
+        f"{path} holds the identity of another server than the invitation: "
+        "ask the central site whether its identity was renewed, and join with an empty directory"
+    )
+
+
+def _post(invitation: Invitation, key: ec.EllipticCurvePrivateKey, identity: Identity) -> None:
     public_key = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+    document = {
+        "token": invitation.token,
+        "public_key": public_key.decode("ascii"),
+        "identity": identity.public.to_text(),
+        "proof": prove_possession(
+            identity,
+            federation=invitation.federation,
+            token=invitation.token,
+            public_key_pem=public_key.decode("ascii"),
+        ),
+    }
     with open_http(invitation.ca_pem) as http:
         try:
-            response = http.post(
-                f"{url_of(invitation.server)}/v1/enrol",
-                json={"token": invitation.token, "public_key": public_key.decode("ascii")},
-            )
+            response = http.post(f"{url_of(invitation.server)}/v1/enrol", json=document)
         except httpx.TransportError as error:
             raise explain(error, invitation.server) from error
     if response.status_code != HTTPStatus.OK:

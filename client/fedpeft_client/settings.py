@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from fedpeft.config import ComputeDtype, Name, Settings
+from fedpeft.config import Adversary, ComputeDtype, KeySettings, Name, Settings
 
 
 class DataSettings(Settings):
@@ -47,6 +48,17 @@ class LimitSettings(Settings):
     min_free_disk_mb: int = Field(default=1024, ge=0)
 
 
+class ConfidentialitySettings(Settings):
+    """What this box demands before an update leaves it."""
+
+    require_secagg: bool = True
+    """Refuse jobs in which the server would open this clinic's update by itself."""
+    adversary: Adversary = "active"
+    """The server that the threshold must protect against."""
+    new_peers: Literal["accept", "refuse"] = "accept"
+    """Whether a clinic that this box has never seen may be in a sum with it."""
+
+
 class ClientSettings(Settings):
     """The whole of ``client.toml``; relative paths count from its folder."""
 
@@ -55,11 +67,14 @@ class ClientSettings(Settings):
     model: BoxModelSettings
     data: DataSettings
     limits: LimitSettings = LimitSettings()
+    aggregation: ConfidentialitySettings = ConfidentialitySettings()
+    keys: KeySettings = KeySettings()
 
 
 def settings_toml(settings: ClientSettings) -> str:
     """Return ``client.toml`` with a word on each setting for the person who will edit it."""
-    data, limits = settings.data, settings.limits
+    data, limits, aggregation = settings.data, settings.limits, settings.aggregation
+    key_file = settings.keys.key_file
 
     def optional(key: str, value: object, example: str) -> str:
         return f"{key} = {_toml(value)}" if value is not None else f"# {key} = {example}"
@@ -88,6 +103,15 @@ max_rank = {limits.max_rank}
 max_steps = {limits.max_steps}             # optimiser steps in a round
 max_message_mb = {limits.max_message_mb}
 min_free_disk_mb = {limits.min_free_disk_mb}
+
+[aggregation]                 # what this box demands before an update leaves it
+require_secagg = {_toml(aggregation.require_secagg)}         # the server may learn sums only
+adversary = {_toml(aggregation.adversary)}          # "curious": trust the server to keep the rules
+new_peers = {_toml(aggregation.new_peers)}          # "refuse": only with clinics seen before
+
+[keys]                        # how identity.key lies on the disk
+passphrase = {_toml(settings.keys.passphrase)}            # asked for at every start
+{optional("key_file", key_file and str(key_file), '"/media/usb/fedpeft.key"')}
 """
 
 

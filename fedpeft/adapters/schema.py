@@ -75,6 +75,11 @@ class AdapterSchema:
         """Count of coordinates over all factors."""
         return sum(tensor.numel for tensor in self.tensors)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one coordinate."""
+        return 4 if self.dtype == "float32" else 2
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of the canonical JSON of all fields; see docs/spec/adapter-wire.md."""

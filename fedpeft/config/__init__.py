@@ -1,10 +1,14 @@
 """Configuration: what may be set, and how it is read."""
 
 from fedpeft.config.federation import (
+    LEAST_SUMMANDS,
     NAME_PATTERN,
     AdapterSettings,
+    Adversary,
+    AggregationSettings,
     ClinicSettings,
     ComputeDtype,
+    Confidentiality,
     FederationSettings,
     ModelSettings,
     Name,
@@ -14,14 +18,20 @@ from fedpeft.config.federation import (
     StrategySettings,
     TrainingSettings,
 )
+from fedpeft.config.keys import KeySettings
 from fedpeft.config.loading import load_settings, parse_settings, read_toml
 
 __all__ = [
+    "LEAST_SUMMANDS",
     "NAME_PATTERN",
     "AdapterSettings",
+    "Adversary",
+    "AggregationSettings",
     "ClinicSettings",
     "ComputeDtype",
+    "Confidentiality",
     "FederationSettings",
+    "KeySettings",
     "ModelSettings",
     "Name",
     "Quantization",

@@ -14,6 +14,10 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 Quantization = Literal["none", "nf4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Confidentiality = Literal["secagg", "sealed"]
+Adversary = Literal["active", "curious"]
+LEAST_SUMMANDS = 3
+"""Of a sum of two, each of the two could subtract itself and see the other."""
 
 
 class Settings(BaseModel):
@@ -82,7 +86,7 @@ class RoundSettings(Settings):
     """How many rounds, and when a round counts."""
 
     count: int = Field(default=5, ge=1)
-    minimum_clinics: int = Field(default=2, ge=1)
+    minimum_clinics: int = Field(default=LEAST_SUMMANDS, ge=1)
     """A round with fewer answers is repeated, and after ``retries`` the run ends."""
     timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that a clinic has to answer one message of a round."""
@@ -93,6 +97,23 @@ class RoundSettings(Settings):
     retries: int = Field(default=2, ge=0)
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many rounds without a better validation loss; None: never."""
+
+
+class AggregationSettings(Settings):
+    """What the server may learn of the updates that it adds up."""
+
+    confidentiality: Confidentiality = "secagg"
+    """``secagg``: their sum only. ``sealed``: it opens each; clinics must allow that."""
+    adversary: Adversary = "active"
+    """The server to withstand; ``curious``: one that keeps to the protocol."""
+    threshold: int | None = Field(default=None, ge=LEAST_SUMMANDS)
+    """Clinics that must stay to the end; None, or too few: what ``adversary`` needs."""
+    bits: int = Field(default=16, ge=8, le=24)
+    """Bits of one quantised coordinate of one clinic."""
+    limit: float | None = Field(default=None, gt=0)
+    """Largest weighted coordinate (rows x change) of a clinic; None: found from round to round."""
+    stage_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds that a clinic has for each step after training."""
 
 
 class StrategySettings(Settings):
@@ -121,7 +142,19 @@ class FederationSettings(Settings):
     training: TrainingSettings = TrainingSettings()
     rounds: RoundSettings = RoundSettings()
     strategy: StrategySettings = StrategySettings()
+    aggregation: AggregationSettings = AggregationSettings()
     clinic: tuple[ClinicSettings, ...] = ()
+
+    @model_validator(mode="after")
+    def _sums_hide_their_parts(self) -> "FederationSettings":
+        minimum = self.rounds.minimum_clinics
+        if self.aggregation.confidentiality == "secagg" and minimum < LEAST_SUMMANDS:
+            raise ValueError(
+                f"rounds.minimum_clinics = {minimum} is too few for secure aggregation, as a sum "
+                f"of fewer than {LEAST_SUMMANDS} shows single updates; raise it, or set "
+                'aggregation.confidentiality = "sealed" here and require_secagg = false on each box'
+            )
+        return self
 
     @model_validator(mode="after")
     def _clinics_are_distinct(self) -> "FederationSettings":

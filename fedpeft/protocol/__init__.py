@@ -1,11 +1,13 @@
 """What clinic and server say to each other, over Flower's messages."""
 
-from fedpeft.protocol.job import PROTOCOL_VERSION, Job
+from fedpeft.protocol.carrier import carried, carry, raw
+from fedpeft.protocol.job import PROTOCOL_VERSION, Job, SumTerms
+from fedpeft.protocol.payload import CONTENT_KEY, JOB, Payload, Value
 from fedpeft.protocol.records import (
     ARRAYS,
     CONFIG,
     EVALUATE,
-    MESSAGE_TYPES,
+    KINDS,
     METRICS,
     NUM_EXAMPLES,
     TRAIN,
@@ -14,6 +16,7 @@ from fedpeft.protocol.records import (
     VALID_NLL,
     VALID_TOKENS,
     array_record,
+    blob_of,
     config_record,
     job_from,
     mean_loss,
@@ -22,11 +25,15 @@ from fedpeft.protocol.records import (
     state_from,
     state_of,
 )
+from fedpeft.protocol.sums import MESSAGE_TYPES
 
 __all__ = [
     "ARRAYS",
     "CONFIG",
+    "CONTENT_KEY",
     "EVALUATE",
+    "JOB",
+    "KINDS",
     "MESSAGE_TYPES",
     "METRICS",
     "NUM_EXAMPLES",
@@ -37,12 +44,19 @@ __all__ = [
     "VALID_NLL",
     "VALID_TOKENS",
     "Job",
+    "Payload",
+    "SumTerms",
+    "Value",
     "array_record",
+    "blob_of",
+    "carried",
+    "carry",
     "config_record",
     "job_from",
     "mean_loss",
     "metric_from",
     "metric_record",
+    "raw",
     "state_from",
     "state_of",
 ]

@@ -2,10 +2,28 @@
 
 from pydantic import Field, ValidationError, model_validator
 
-from fedpeft.config import AdapterSettings, Name, Quantization, Settings, TrainingSettings
+from fedpeft.config import (
+    AdapterSettings,
+    Adversary,
+    Confidentiality,
+    Name,
+    Quantization,
+    Settings,
+    TrainingSettings,
+)
 from fedpeft.errors import ConfigError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+
+class SumTerms(Settings):
+    """How updates are made confidential; a clinic compares it with what it demands."""
+
+    confidentiality: Confidentiality
+    adversary: Adversary
+    bits: int = Field(ge=8, le=24)
+    limit: float = Field(gt=0)
+    """Public range of one weighted coordinate of one clinic."""
 
 
 class Job(Settings):
@@ -17,6 +35,7 @@ class Job(Settings):
     quantization: Quantization
     adapter: AdapterSettings
     training: TrainingSettings
+    aggregation: SumTerms
     round: int = Field(ge=0)
     rounds: int = Field(ge=1)
 

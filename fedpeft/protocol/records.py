@@ -15,7 +15,7 @@ from fedpeft.protocol.job import Job
 
 TRAIN = "train"
 EVALUATE = "evaluate"
-MESSAGE_TYPES = (TRAIN, EVALUATE)
+KINDS = (TRAIN, EVALUATE)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 _BLOB, _BLOB_TYPE, _JOB = "adapter", "fedpeft.adapter.v1", "job"
@@ -60,6 +60,13 @@ def state_of(
     if array is None or array.stype != _BLOB_TYPE:
         raise AdapterError(f"the message from {source} carries no adapter; it is not used")
     return from_bytes(array.data, schema, kind, source=source)
+
+
+def blob_of(record: RecordDict) -> bytes | None:
+    """Return the bytes that :func:`array_record` packed; None if there are none."""
+    arrays = record.get(ARRAYS)
+    array = arrays.get(_BLOB) if isinstance(arrays, ArrayRecord) else None
+    return array.data if array is not None and array.stype == _BLOB_TYPE else None
 
 
 def config_record(job: Job) -> ConfigRecord:

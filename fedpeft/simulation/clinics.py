@@ -5,14 +5,18 @@ from pathlib import Path
 
 from fedpeft.config import FederationSettings
 from fedpeft.errors import ConfigError
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.settings import DataSettings
+from fedpeft.sealing import Identity, PublicIdentity
+from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.settings import ConfidentialitySettings, DataSettings
 
 
 def simulated_clinics(
-    settings: FederationSettings, model: Path, *, relative_to: Path
+    settings: FederationSettings, model: Path, server: PublicIdentity, *, relative_to: Path
 ) -> Sequence[Clinic]:
     """Return the clinics in the order of the file; data paths count from ``relative_to``.
+
+    Each gets an identity of its own, and demands of the server ``server`` what the
+    federation offers: one file speaks for both sides.
 
     Raises:
         ConfigError: there are fewer clinics than ``rounds.minimum_clinics``.
@@ -23,10 +27,15 @@ def simulated_clinics(
             f"the federation has {len(settings.clinic)} [[clinic]] entries where "
             f"rounds.minimum_clinics = {minimum}; add clinics or lower the minimum"
         )
+    demands = ConfidentialitySettings(
+        require_secagg=settings.aggregation.confidentiality == "secagg",
+        adversary=settings.aggregation.adversary,
+    )
     return [
         Clinic(
             name=entry.name,
             federation=settings.name,
+            membership=Membership(Identity.generate(), server),
             model=model,
             data=DataSettings(
                 train=relative_to / entry.train,
@@ -35,6 +44,7 @@ def simulated_clinics(
                 skip_bad_rows=entry.skip_bad_rows,
             ),
             dtype=settings.model.dtype,
+            aggregation=demands,
         )
         for entry in settings.clinic
     ]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import BaseModel
 from rich.table import Table
 
 from fedpeft.config import ClinicSettings, FederationSettings
@@ -72,8 +73,15 @@ def run_demo(out: Path) -> list[Measured]:
 def _alone(settings: FederationSettings, clinic: DemoClinic) -> FederationSettings:
     """Return the run of one clinic that trains as much as it does in the federation."""
     only = tuple(entry for entry in settings.clinic if entry.name == clinic.name)
-    rounds = settings.rounds.model_copy(update={"minimum_clinics": 1})
-    return settings.model_copy(update={"clinic": only, "rounds": rounds})
+    return settings.model_copy(update={"clinic": only, **_by_itself(settings)})
+
+
+def _by_itself(settings: FederationSettings) -> dict[str, BaseModel]:
+    """Return the changes for a run of one clinic, of which there is nothing to sum."""
+    return {
+        "rounds": settings.rounds.model_copy(update={"minimum_clinics": 1}),
+        "aggregation": settings.aggregation.model_copy(update={"confidentiality": "sealed"}),
+    }
 
 
 def _pooled(
@@ -95,7 +103,7 @@ def _pooled(
     return settings.model_copy(
         update={
             "clinic": (entry,),
-            "rounds": settings.rounds.model_copy(update={"minimum_clinics": 1}),
+            **_by_itself(settings),
             "training": settings.training.model_copy(update={"batch_size": size}),
         }
     )

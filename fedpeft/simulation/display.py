@@ -14,7 +14,7 @@ from rich.progress import (
 
 from fedpeft.console import people
 from fedpeft.training import StepDone
-from fedpeft_server.narration import failure_sentences, round_sentence
+from fedpeft_server.narration import doing_of, failure_sentences, round_sentence
 from fedpeft_server.run_directory import RoundRecord
 
 
@@ -46,9 +46,9 @@ class Stage:
 
     def asked(self, number: int, kind: str, clinics: list[str]) -> None:
         """Show what the clinics are doing."""
-        verb = "training" if kind == "train" else "evaluating"
-        doing = f"round {number}/{self._rounds} · {len(clinics)} clinics {verb}"
-        self._progress.update(self._task, doing=doing)
+        if verb := doing_of(kind):
+            doing = f"round {number}/{self._rounds} · {len(clinics)} clinics {verb}"
+            self._progress.update(self._task, doing=doing)
 
     def round_repeated(self, number: int, why: str) -> None:
         """Show that a round has to be repeated."""

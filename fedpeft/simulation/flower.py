@@ -18,6 +18,8 @@ from pathlib import Path
 from fedpeft.config import FederationSettings
 from fedpeft.errors import FederationError
 from fedpeft.models import fingerprint
+from fedpeft.sealing.identity import Identity
+from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained
 from fedpeft_client.clinic import CONFIG_FILE, Clinic
 from fedpeft_client.enrolment import Enrolment, join
@@ -45,9 +47,12 @@ def run_flower(
     federation: Federation,
     clinics: Sequence[Clinic],
     settings: FederationSettings,
+    server: Identity,
     out: Path,
 ) -> None:
     """Run ``federation`` with a process for each clinic; their logs go to ``out/logs``.
+
+    ``server`` is the identity by which the federation signs; the clinics make their own.
 
     Raises:
         FederationError: a clinic's process ended before it connected.
@@ -61,6 +66,7 @@ def run_flower(
             federation=settings.name,
             server=f"{_HOST}:{port}",
             ca_pem=authority.ca_pem(),
+            identity=server.public,
         )
         place = SuperLinkSettings(directory=root / "server", host=_HOST, port=port)
         with SuperLink(place, authority, enrolments) as link:
@@ -78,7 +84,7 @@ def _enrol(clinic: Clinic, threads: int, enrolments: Enrolments, root: Path) -> 
     enrolments.create_invitation(
         clinic.name, _INVITATION_S, fingerprint=fingerprint(clinic.model)
     ).write(invitation)
-    enrolment = join(invitation, directory)
+    enrolment = join(invitation, directory, Protection.none())
     (directory / CONFIG_FILE).write_text(
         settings_toml(_settings(clinic, threads, enrolment)), "utf-8"
     )
@@ -97,6 +103,7 @@ def _settings(clinic: Clinic, threads: int, enrolment: Enrolment) -> ClientSetti
             }
         ),
         limits=LimitSettings(threads=threads, min_free_disk_mb=0),
+        aggregation=clinic.aggregation,
     )
 
 

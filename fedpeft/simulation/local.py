@@ -4,6 +4,7 @@ Runs the same ServerApp and ClientApp as the real network, and passes every
 message through Flower's own serialisation, whose bytes are what is counted.
 """
 
+import secrets
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,29 +15,31 @@ from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.sealing import PublicIdentity
 from fedpeft.simulation.wire import through_the_wire
 from fedpeft.training import Observer
-from fedpeft_client.app import ClinicWork, build_client_app
+from fedpeft_client.app import ERROR_CODE, ClinicDesk, build_client_app
 from fedpeft_client.clinic import Clinic
+from fedpeft_client.work import ClinicWork
 from fedpeft_server.app import build_server_app
 from fedpeft_server.rounds import Federation
 from fedpeft_server.wire_meter import WireMeter
 
-_RUN_ID = 1
 _FIRST_NODE = 1000
-_CLIENT_APP_ERROR = 2
 
 
 class LocalGrid(Grid):
     """Flower's ``Grid`` over a ClientApp in this process. Not thread-safe."""
 
-    def __init__(self, client_app: ClientApp, nodes: Sequence[int], meter: WireMeter) -> None:
+    def __init__(
+        self, client_app: ClientApp, nodes: Sequence[int], meter: WireMeter, run_id: int
+    ) -> None:
         # Flower stamps messages with the process's task; outside a run there is none.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, 1
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, 1
         self._app = client_app
         self._meter = meter
         self._contexts = {
-            node: Context(_RUN_ID, node, {}, RecordDict(), run_config={}) for node in nodes
+            node: Context(run_id, node, {}, RecordDict(), run_config={}) for node in nodes
         }
         self._replies: dict[str, Message] = {}
         self._run: Run | None = None
@@ -85,8 +88,9 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Deliver the messages and return all replies; nothing here can time out."""
-        return self.pull_messages(self.push_messages(messages))
+        """Deliver one message after the other and yield its reply; nothing here can time out."""
+        for message in messages:
+            yield from self.pull_messages(self.push_messages([message]))
 
     def _deliver(self, message: Message) -> None:
         arrived, size = through_the_wire(message)
@@ -96,7 +100,7 @@ class LocalGrid(Grid):
             reply = self._app(arrived, context)
         except Exception as error:
             # As on the real network: one clinic's crash is that clinic's failure.
-            reply = Message(Error(_CLIENT_APP_ERROR, type(error).__name__), reply_to=arrived)
+            reply = Message(Error(ERROR_CODE, type(error).__name__), reply_to=arrived)
         _set_id(reply)
         if reply.has_content():
             reply, size = through_the_wire(reply)
@@ -109,12 +113,20 @@ class LocalLink:
 
     def __init__(self, client_app: ClientApp, clinics: Sequence[Clinic]) -> None:
         self._names = {_FIRST_NODE + at: clinic.name for at, clinic in enumerate(clinics)}
+        self._identities = {
+            _FIRST_NODE + at: clinic.membership.identity.public for at, clinic in enumerate(clinics)
+        }
+        self.run_id = secrets.randbits(63)
         self.meter = WireMeter()
-        self.grid: Grid = LocalGrid(client_app, list(self._names), self.meter)
+        self.grid: Grid = LocalGrid(client_app, list(self._names), self.meter, self.run_id)
 
     def names(self) -> dict[int, str]:
         """Return the clinics' names by node id."""
         return dict(self._names)
+
+    def identities(self) -> dict[int, PublicIdentity]:
+        """Return the clinics' public identities by node id."""
+        return dict(self._identities)
 
     def node_of(self, reply: Message) -> int:
         """Return the node that sent ``reply``."""
@@ -122,7 +134,7 @@ class LocalLink:
 
     def run(self, app: ServerApp) -> None:
         """Run ``app`` to its end in this thread."""
-        app(self.grid, Context(_RUN_ID, 1, {}, RecordDict(), run_config={}))
+        app(self.grid, Context(self.run_id, 1, {}, RecordDict(), run_config={}))
 
 
 def run_local(
@@ -132,8 +144,10 @@ def run_local(
     tell: Callable[[str], None] | None = None,
 ) -> None:
     """Run ``federation`` with all ``clinics`` on one copy of the base model."""
-    work = ClinicWork(lambda context: clinics[context.node_id - _FIRST_NODE], observe, tell)
-    link = LocalLink(build_client_app(work), clinics)
+    desk = ClinicDesk(
+        lambda context: clinics[context.node_id - _FIRST_NODE], ClinicWork(observe, tell)
+    )
+    link = LocalLink(build_client_app(desk), clinics)
     link.run(build_server_app(federation, link))
 
 

@@ -7,7 +7,7 @@ more memory than ``local``; needs ``pip install 'fedpeft[ray]'``.
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -17,9 +17,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.errors import FederationError
 from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft.protocol import EVALUATE, TRAIN
+from fedpeft.sealing import PublicIdentity
 from fedpeft.simulation.wire import wire_bytes
-from fedpeft_client.app import ClinicWork
+from fedpeft_client.app import ClinicDesk, Handler
 from fedpeft_client.clinic import Clinic
+from fedpeft_client.work import ClinicWork
 from fedpeft_server.rounds import Federation
 from fedpeft_server.wire_meter import WireMeter
 
@@ -35,7 +38,7 @@ _QUIET_ACTORS = {
 }
 _POLL_S = 0.1
 
-_work: dict[tuple[Clinic, ...], ClinicWork] = {}
+_desks: dict[tuple[Clinic, ...], ClinicDesk] = {}
 """The handlers of this process (a Ray actor), which keep the base model loaded."""
 
 
@@ -45,11 +48,20 @@ class RayLink:
     def __init__(self, grid: Grid, clinics: Sequence[Clinic]) -> None:
         self.meter = WireMeter()
         self.grid = cast("Grid", _MeteredGrid(grid, self.meter))
-        self._names = _ask_names(grid, clinics)
+        self._clinics = _ask_clinics(grid, clinics)
+
+    @property
+    def run_id(self) -> int:
+        """Flower's id of the run."""
+        return self.grid.run.run_id
 
     def names(self) -> dict[int, str]:
         """Return the clinics' names by node id."""
-        return dict(self._names)
+        return {node: clinic.name for node, clinic in self._clinics.items()}
+
+    def identities(self) -> dict[int, PublicIdentity]:
+        """Return the clinics' public identities by node id."""
+        return {node: clinic.membership.identity.public for node, clinic in self._clinics.items()}
 
     def node_of(self, reply: Message) -> int:
         """Return the node that sent ``reply``."""
@@ -67,7 +79,7 @@ class _MeteredGrid:
         return getattr(self._grid, name)
 
     def send_and_receive(
-        self, messages: Sequence[Message], *, timeout: float | None = None
+        self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         outgoing = list(messages)
         self._meter.add(down=sum(map(wire_bytes, outgoing)))
@@ -127,22 +139,22 @@ def _client_app(clinics: tuple[Clinic, ...]) -> ClientApp:
     """Return an app whose handlers find their state in the process that they run in."""
     app = ClientApp()
 
-    def handler(action: Callable[[ClinicWork], Callable[[Message, Context], Message]]):
+    def handler(kind: str) -> Handler:
         def handle(message: Message, context: Context) -> Message:
-            return action(_work_of(clinics))(message, context)
+            return _desk_of(clinics).sealed(kind)(message, context)
 
         return handle
 
-    app.train()(handler(lambda work: work.train))
-    app.evaluate()(handler(lambda work: work.evaluate))
+    app.train()(handler(TRAIN))
+    app.evaluate()(handler(EVALUATE))
     app.query("clinic")(_tell_partition)
     return app
 
 
-def _work_of(clinics: tuple[Clinic, ...]) -> ClinicWork:
-    if clinics not in _work:
-        _work[clinics] = ClinicWork(lambda context: clinics[_partition(context)])
-    return _work[clinics]
+def _desk_of(clinics: tuple[Clinic, ...]) -> ClinicDesk:
+    if clinics not in _desks:
+        _desks[clinics] = ClinicDesk(lambda context: clinics[_partition(context)], ClinicWork())
+    return _desks[clinics]
 
 
 def _partition(context: Context) -> int:
@@ -154,20 +166,20 @@ def _tell_partition(message: Message, context: Context) -> Message:
     return Message(RecordDict({"clinic": record}), reply_to=message)
 
 
-def _ask_names(grid: Grid, clinics: Sequence[Clinic]) -> dict[int, str]:
+def _ask_clinics(grid: Grid, clinics: Sequence[Clinic]) -> dict[int, Clinic]:
     """Flower gives simulated nodes random ids: ask each which clinic it stands for."""
     deadline = time.monotonic() + _ANSWER_S
     while len(list(grid.get_node_ids())) < len(clinics) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     messages = [Message(RecordDict(), node, _WHICH_CLINIC) for node in grid.get_node_ids()]
-    names: dict[int, str] = {}
+    found: dict[int, Clinic] = {}
     for reply in grid.send_and_receive(messages, timeout=_ANSWER_S):
         if reply.has_content():
             record = cast("ConfigRecord", reply.content["clinic"])
-            names[reply.metadata.src_node_id] = clinics[cast("int", record[PARTITION_ID_KEY])].name
-    if len(names) != len(clinics):
+            found[reply.metadata.src_node_id] = clinics[cast("int", record[PARTITION_ID_KEY])]
+    if len(found) != len(clinics):
         raise FederationError(
-            f"Ray started {len(names)} of {len(clinics)} simulated clinics; use --engine local, or "
+            f"Ray started {len(found)} of {len(clinics)} simulated clinics; use --engine local, or "
             "see Ray's own messages"
         )
-    return names
+    return found

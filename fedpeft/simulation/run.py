@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from fedpeft.config import FederationSettings
+from fedpeft.errors import ConfigError
 from fedpeft.models import adapter_schema, fingerprint, require_fingerprint, resolve_base
+from fedpeft.sealing import Identity
 from fedpeft.simulation.clinics import simulated_clinics
 from fedpeft.simulation.local import run_local
 from fedpeft.training import Observer
@@ -43,28 +45,35 @@ def simulate(
         FedpeftError: of the kind that says what went wrong.
     """
     settings = simulation.settings
+    if simulation.engine == "ray" and settings.aggregation.confidentiality == "secagg":
+        raise ConfigError(
+            "the engine 'ray' moves a clinic from process to process, and the secrets of secure "
+            "aggregation stay in one; use --engine local or flower, or simulate without it: "
+            "--set aggregation.confidentiality=sealed"
+        )
     model = resolve_base(settings.model.base, relative_to=simulation.relative_to)
     if settings.model.fingerprint is not None:
         require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
-    clinics = simulated_clinics(settings, model, relative_to=simulation.relative_to)
+    server = Identity.generate()
+    clinics = simulated_clinics(settings, model, server.public, relative_to=simulation.relative_to)
     schema = adapter_schema(model, settings.adapter)
     strategy = build_strategy(settings.strategy.name, schema)
     directory = RunDirectory(simulation.out, settings, engine=simulation.engine)
-    federation = Federation(settings, schema, strategy, directory, watcher)
+    federation = Federation(settings, schema, strategy, directory, watcher, server)
     if simulation.engine == "local":
         run_local(federation, clinics, observe, tell)
     else:
-        _run_elsewhere(simulation, federation, clinics)
+        _run_elsewhere(simulation, federation, clinics, server)
 
 
 def _run_elsewhere(
-    simulation: Simulation, federation: Federation, clinics: Sequence[Clinic]
+    simulation: Simulation, federation: Federation, clinics: Sequence[Clinic], server: Identity
 ) -> None:
     """Hand the federation to an engine that is slow to import, or an extra."""
     if simulation.engine == "flower":
         from fedpeft.simulation.flower import run_flower
 
-        run_flower(federation, clinics, simulation.settings, simulation.out)
+        run_flower(federation, clinics, simulation.settings, server, simulation.out)
     else:
         from fedpeft.simulation.ray import run_ray
 

@@ -26,17 +26,26 @@ def init(
     address: Annotated[str, typer.Option(help="host:port as the clinics will reach it")],
     name: Annotated[str, typer.Option(help="name of the federation")] = "federation",
     base: Annotated[str, typer.Option(help="directory of the base model")] = "embedded",
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="encrypt the identity; asked for at every start")
+    ] = False,
+    key_file: Annotated[
+        Path | None, typer.Option(help="encrypt the identity with the content of this file")
+    ] = None,
 ) -> None:
-    """Make a site: configuration to edit, a certificate authority, a server certificate.
+    """Make a site: configuration to edit, a certificate authority, a certificate, an identity.
 
-    Reads nothing; writes DIR; sends nothing.
+    Reads the key file if there is one; writes DIR; sends nothing.
     """
+    from fedpeft.config import KeySettings, parse_settings
     from fedpeft_server.site import create_site
 
-    site = create_site(directory, address=address, name=name, base=base)
+    chosen = {"passphrase": passphrase, "key_file": key_file and key_file.absolute()}
+    keys = parse_settings(KeySettings, chosen, [], where="the command line")
+    site = create_site(directory, address=address, name=name, base=base, keys=keys)
     program.say(
-        f"made the site of federation {site.federation.name} in {directory}; edit "
-        f"{directory / 'federation.toml'}, then run: "
+        f"made the site of federation {site.federation.name} in {directory}, its fingerprint is "
+        f"{site.sealing.public.fingerprint}; edit {directory / 'federation.toml'}, then run: "
         f"fedpeft-server invite NAME --dir {quote(str(directory))}"
     )
 
@@ -70,14 +79,15 @@ def invite(
 def clinics(
     directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
 ) -> None:
-    """List the enrolled clinics, a line each: name and date of enrolment.
+    """List the enrolled clinics, a line each: name, date of enrolment, fingerprint.
 
     Reads DIR/state; writes and sends nothing.
     """
     from fedpeft_server.site import open_site
 
     for clinic in open_site(directory).enrolments().clinics():
-        typer.echo(f"{clinic.name}\t{clinic.enrolled:%Y-%m-%d %H:%M} UTC")
+        identity = clinic.identity.fingerprint if clinic.identity else "must enrol again"
+        typer.echo(f"{clinic.name}\t{clinic.enrolled:%Y-%m-%d %H:%M} UTC\t{identity}")
 
 
 @program.app.command()

@@ -7,7 +7,6 @@ follows it. Must not know Flower, HTTP or sockets.
 import datetime
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import sqlite3
@@ -16,17 +15,19 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.config import NAME_PATTERN
-from fedpeft.errors import EnrolmentError, StorageError
-from fedpeft.storage import write_once
+from fedpeft.errors import EnrolmentError, SealingError, StorageError
+from fedpeft.sealing.identity import PublicIdentity
+from fedpeft.sealing.possession import check_possession
+from fedpeft_server.invitation import Invitation
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _TOKEN_BYTES = 32
 _NAME = re.compile(NAME_PATTERN)
 _TABLES = """
@@ -45,6 +46,14 @@ CREATE TABLE clinics (
     enrolled_at REAL NOT NULL
 ) STRICT;
 """
+# Schema 2. A clinic of schema 1 keeps NULL: nothing can be sealed to it until it enrols
+# again. The first 44 characters are version and signing key (33 bytes), the part that its
+# owner proves to hold and that other clinics know it by, so no two clinics may share it.
+_IDENTITIES = """
+ALTER TABLE clinics ADD COLUMN identity TEXT;
+CREATE UNIQUE INDEX clinics_signing_key ON clinics (substr(identity, 1, 44));
+"""
+_UPGRADES: Final = {0: _TABLES + _IDENTITIES, 1: _IDENTITIES}
 
 Refusal = Literal["unknown", "expired", "used"]
 
@@ -70,59 +79,16 @@ class InvitationRefused(EnrolmentError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Invitation:
-    """What one clinic needs to join; the file form is secret until it is used."""
-
-    server: str
-    ca_pem: str
-    federation: str
-    clinic: str
-    fingerprint: str
-    token: str
-    expires: datetime.datetime
-
-    def __repr__(self) -> str:
-        # The token would otherwise end up in a traceback or a log.
-        return f"Invitation(clinic={self.clinic!r}, expires={self.expires.isoformat()})"
-
-    def to_json(self) -> str:
-        """Return the text of the invitation file."""
-        return json.dumps(
-            {
-                "schema": 1,
-                "server": self.server,
-                "federation": self.federation,
-                "clinic": self.clinic,
-                "base_model": self.fingerprint,
-                "expires": self.expires.isoformat(timespec="seconds"),
-                "token": self.token,
-                "ca": self.ca_pem,
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-
-    def write(self, path: Path) -> None:
-        """Write the invitation to a new file, mode 600.
-
-        Raises:
-            StorageError: the file exists or cannot be written.
-        """
-        try:
-            write_once(path, self.to_json().encode(), mode=0o600)
-        except OSError as error:
-            raise StorageError(
-                f"the invitation cannot be written to {path} ({error.strerror}): "
-                "choose another file name"
-            ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
 class Clinic:
-    """A clinic that has enrolled; ``node_id`` is None until the server has seen it."""
+    """A clinic that has enrolled; ``node_id`` is None until the server has seen it.
+
+    ``identity`` is None for a clinic that enrolled with a release before sealing:
+    it must enrol again.
+    """
 
     name: str
     public_key: str
+    identity: PublicIdentity | None
     node_id: int | None
     enrolled: datetime.datetime
 
@@ -134,8 +100,23 @@ class Enrolments:
     server and an ``invite`` beside it) may use it at once.
     """
 
-    def __init__(self, path: Path, *, federation: str, server: str, ca_pem: str) -> None:
-        """Open the file, or make it with mode 600.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        federation: str,
+        server: str,
+        ca_pem: str,
+        identity: PublicIdentity,
+    ) -> None:
+        """Open the file, or make it with mode 600; a file of an older release is brought up.
+
+        Args:
+            path: of the SQLite file.
+            federation: its name.
+            server: ``host:port`` for invitations.
+            ca_pem: the authority's certificate, for invitations.
+            identity: the server's, for invitations.
 
         Raises:
             StorageError: it cannot be opened, or a newer fedpeft wrote it.
@@ -144,12 +125,13 @@ class Enrolments:
         self._federation = federation
         self._server = server
         self._ca_pem = ca_pem
+        self._identity = identity
         try:
             path.touch(mode=0o600)
             with self._transaction() as database:
                 version = database.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    for statement in _TABLES.split(";"):
+                if version in _UPGRADES:
+                    for statement in _UPGRADES[version].split(";"):
                         database.execute(statement)
                     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                     version = SCHEMA_VERSION
@@ -189,7 +171,7 @@ class Enrolments:
             raise EnrolmentError(
                 f"an invitation cannot expire in {expires_in_s} seconds: give a positive period"
             )
-        identity, secret = secrets.token_hex(8), secrets.token_urlsafe(_TOKEN_BYTES)
+        token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(_TOKEN_BYTES)
         expires_at = time.time() + expires_in_s
         with self._transaction() as database:
             taken = database.execute("SELECT 1 FROM clinics WHERE name = ?", (name,)).fetchone()
@@ -201,7 +183,7 @@ class Enrolments:
             database.execute("DELETE FROM invitations WHERE name = ?", (name,))
             database.execute(
                 "INSERT INTO invitations (id, token_sha256, name, expires_at) VALUES (?, ?, ?, ?)",
-                (identity, _sha256(secret), name, expires_at),
+                (token_id, _sha256(secret), name, expires_at),
             )
         return Invitation(
             server=self._server,
@@ -209,35 +191,50 @@ class Enrolments:
             federation=self._federation,
             clinic=name,
             fingerprint=fingerprint,
-            token=f"{identity}.{secret}",
+            identity=self._identity,
+            token=f"{token_id}.{secret}",
             expires=datetime.datetime.fromtimestamp(expires_at, datetime.UTC),
         )
 
-    def redeem(self, token: str, public_key_pem: str, now: float | None = None) -> str:
-        """Enrol the holder of a token with its public key; a token works once.
+    def redeem(
+        self,
+        token: str,
+        public_key_pem: str,
+        identity_text: str,
+        proof: str,
+        now: float | None = None,
+    ) -> str:
+        """Enrol the holder of a token with its public key and identity; a token works once.
 
-        The same token with the same key is accepted again, so that a clinic
-        whose connection broke before the answer arrived can simply retry.
+        The same token with the same key and identity is accepted again, so that a
+        clinic whose connection broke before the answer arrived can simply retry.
 
         Args:
             token: the invitation's token.
             public_key_pem: an EC P-384 public key, PEM.
+            identity_text: the clinic's public identity, as text.
+            proof: what ``prove_possession`` made of all these.
             now: seconds since the epoch; the present by default.
 
         Returns:
             The clinic's name.
 
         Raises:
-            InvitationRefused: the token is unknown, expired or used by another key.
-            EnrolmentError: the public key is not a P-384 key, or belongs to another clinic.
+            InvitationRefused: the token is unknown, expired or used by another key or identity.
+            EnrolmentError: key, identity or proof is none, or key or identity belongs
+                to another clinic.
         """
         moment = time.time() if now is None else now
-        key = canonical_public_key(public_key_pem)
-        identity, _, secret = token.partition(".")
+        key, identity = canonical_public_key(public_key_pem), _identity(identity_text)
+        check_possession(
+            proof, identity, federation=self._federation, token=token, public_key_pem=key
+        )
+        shown = (key, identity.to_text())
+        token_id, _, secret = token.partition(".")
         with self._transaction() as database:
             row = database.execute(
                 "SELECT token_sha256, name, expires_at, used_key FROM invitations WHERE id = ?",
-                (identity,),
+                (token_id,),
             ).fetchone()
             # The id only finds the row. Whoever lacks the secret half learns
             # nothing, not even that the row exists.
@@ -247,13 +244,13 @@ class Enrolments:
             won = database.execute(
                 "UPDATE invitations SET used_at = ?, used_key = ? "
                 "WHERE id = ? AND used_at IS NULL AND expires_at > ?",
-                (moment, key, identity, moment),
+                (moment, key, token_id, moment),
             ).rowcount
             if won:
-                self._add_clinic(database, name, key, moment)
+                self._add_clinic(database, name, *shown, moment)
             elif used_key is None:
                 raise InvitationRefused("expired")
-            elif used_key != key:
+            elif self._enrolled_with(database, name) != shown:
                 raise InvitationRefused("used")
         return name
 
@@ -271,20 +268,25 @@ class Enrolments:
                     f"no clinic named {name!r} is enrolled: fedpeft-server clinics lists the names"
                 )
 
+    def members(self) -> list[Clinic]:
+        """Return the clinics that may take part, by name: those with an identity."""
+        return [clinic for clinic in self.clinics() if clinic.identity is not None]
+
     def clinics(self) -> list[Clinic]:
         """Return all enrolled clinics, by name."""
         with self._transaction("DEFERRED") as database:
             rows = database.execute(
-                "SELECT name, public_key, node_id, enrolled_at FROM clinics ORDER BY name"
+                "SELECT name, public_key, identity, node_id, enrolled_at FROM clinics ORDER BY name"
             ).fetchall()
         return [
             Clinic(
                 name=name,
                 public_key=public_key,
+                identity=None if identity is None else PublicIdentity.from_text(identity),
                 node_id=None if node_id is None else int(node_id),
                 enrolled=datetime.datetime.fromtimestamp(enrolled_at, datetime.UTC),
             )
-            for name, public_key, node_id, enrolled_at in rows
+            for name, public_key, identity, node_id, enrolled_at in rows
         ]
 
     def set_node_id(self, name: str, node_id: int) -> None:
@@ -294,16 +296,23 @@ class Enrolments:
             database.execute("UPDATE clinics SET node_id = ? WHERE name = ?", (str(node_id), name))
 
     @staticmethod
-    def _add_clinic(database: sqlite3.Connection, name: str, key: str, moment: float) -> None:
+    def _enrolled_with(database: sqlite3.Connection, name: str) -> tuple[str, str | None] | None:
+        query = "SELECT public_key, identity FROM clinics WHERE name = ?"
+        return database.execute(query, (name,)).fetchone()
+
+    @staticmethod
+    def _add_clinic(
+        database: sqlite3.Connection, name: str, key: str, identity: str, moment: float
+    ) -> None:
         try:
             database.execute(
-                "INSERT INTO clinics (name, public_key, enrolled_at) VALUES (?, ?, ?)",
-                (name, key, moment),
+                "INSERT INTO clinics (name, public_key, identity, enrolled_at) VALUES (?, ?, ?, ?)",
+                (name, key, identity, moment),
             )
         except sqlite3.IntegrityError as error:
             raise EnrolmentError(
-                "this machine's key already belongs to an enrolled clinic: "
-                "join with an empty directory, so that a new key is made"
+                "this machine's keys already belong to an enrolled clinic: "
+                "join with an empty directory, so that new keys are made"
             ) from error
 
     @contextmanager
@@ -338,6 +347,15 @@ def canonical_public_key(pem: str) -> str:
     return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     ).decode("ascii")
+
+
+def _identity(text: str) -> PublicIdentity:
+    try:
+        return PublicIdentity.from_text(text)
+    except SealingError as error:
+        raise EnrolmentError(
+            "what was sent is not a public identity: join again with this fedpeft version"
+        ) from error
 
 
 def _sha256(text: str) -> bytes:

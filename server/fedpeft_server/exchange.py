@@ -6,7 +6,6 @@ named with the reason; the others' answers are used.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from flwr.app import Message
 
@@ -16,41 +15,39 @@ from fedpeft_server.link import Link
 TIMEOUT, OFFLINE, UNEXPLAINED = "timeout", "offline", "internal-error"
 _CLIENT_APP_ERROR, _POLICY_ERROR, _NODE_UNAVAILABLE = 2, 7, 5
 _REASON = re.compile(r"[a-z]+(-[a-z]+){0,5}")
-Check = Callable[[str, Message], None]
-"""Raises a FedpeftError if the answer of the named clinic cannot be used."""
+Take = Callable[[str, Message], None]
+"""Takes the answer of the named clinic; raises a FedpeftError if it cannot be used."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Usable answers by clinic name, in order of name, and the reasons of the others."""
+def exchange(
+    link: Link, messages: Iterable[Message], asked: Iterable[int], *, timeout_s: float, take: Take
+) -> dict[str, str]:
+    """Send ``messages`` to the nodes ``asked``, at most one each, and wait for the replies.
 
-    answers: dict[str, Message]
-    failed: dict[str, str]
+    Each reply is taken as it arrives and kept nowhere.
 
-
-def exchange(link: Link, messages: Iterable[Message], *, timeout_s: float, check: Check) -> Outcome:
-    """Send ``messages`` and wait at most ``timeout_s`` seconds for the replies."""
+    Returns:
+        The reasons of the clinics whose answer was not taken, by name.
+    """
     names = link.names()
-    outgoing = list(messages)
-    asked = {message.metadata.dst_node_id for message in outgoing}
-    failed: dict[str, str] = {names[node]: TIMEOUT for node in asked}
-    answers: dict[str, Message] = {}
-    for reply in link.grid.send_and_receive(outgoing, timeout=timeout_s):
+    waiting = set(asked)
+    failed: dict[str, str] = {names[node]: TIMEOUT for node in waiting}
+    for reply in link.grid.send_and_receive(messages, timeout=timeout_s):
         node = link.node_of(reply)
-        if node not in asked or names[node] in answers:
+        if node not in waiting:
             continue
+        waiting.discard(node)
         name = names[node]
         if reply.has_error():
             failed[name] = _reason_of(reply)
             continue
         try:
-            check(name, reply)
+            take(name, reply)
         except FedpeftError as error:
             failed[name] = error.reason
         else:
             del failed[name]
-            answers[name] = reply
-    return Outcome(dict(sorted(answers.items())), dict(sorted(failed.items())))
+    return dict(sorted(failed.items()))
 
 
 def _reason_of(reply: Message) -> str:

@@ -7,7 +7,7 @@ server process, so no administrative API need be served on any socket.
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -125,9 +125,11 @@ class FederationGrid(Grid):
             FederationError: the run is over.
         """
         self._check_running()
-        pushed = list(messages)
-        with no_object_id_recompute():
-            return [self._push(message) for message in pushed]
+        pushed: list[str] = []
+        for message in messages:
+            with no_object_id_recompute():
+                pushed.append(self._push(message))
+        return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the complete replies to these messages; each is returned once.
@@ -150,26 +152,25 @@ class FederationGrid(Grid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages and wait for the replies.
+    ) -> Generator[Message]:
+        """Send messages and yield the replies as they come, keeping none.
 
-        Returns as soon as all are answered, ``timeout`` seconds have passed, or
-        the stop event is set; then with the replies that have come so far.
-        Messages still unanswered are withdrawn: a late reply is dropped.
+        Ends as soon as all are answered, ``timeout`` seconds have passed, or the
+        stop event is set. Messages still unanswered are withdrawn then: a late
+        reply is dropped.
 
         Raises:
             FederationError: the run is over.
         """
         waiting = {message_id for message_id in self.push_messages(messages) if message_id}
         deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
         try:
             while waiting:
                 for reply in self.pull_messages(waiting):
                     waiting.discard(reply.metadata.reply_to_message_id)
-                    replies.append(reply)
                     if self._on_arrival is not None:
                         self._on_arrival(self.node_of(reply), reply)
+                    yield reply
                 if deadline is not None and time.monotonic() >= deadline:
                     break
                 if waiting and self._stop.wait(self._poll_s):
@@ -177,7 +178,6 @@ class FederationGrid(Grid):
         finally:
             for message_id in waiting:
                 self._forget(message_id)
-        return replies
 
     def _push(self, message: Message) -> str:
         # The store closes an upload session with its last missing object, so

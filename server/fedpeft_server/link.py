@@ -5,6 +5,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedpeft.sealing import PublicIdentity
 from fedpeft_server.wire_meter import WireMeter
 
 
@@ -21,8 +22,17 @@ class Link(Protocol):
         """What was measured on the wire so far."""
         ...
 
+    @property
+    def run_id(self) -> int:
+        """Flower's id of the run."""
+        ...
+
     def names(self) -> dict[int, str]:
         """Return the names of all enrolled clinics by node id."""
+        ...
+
+    def identities(self) -> dict[int, PublicIdentity]:
+        """Return what the clinics enrolled with, by node id."""
         ...
 
     def node_of(self, reply: Message) -> int:

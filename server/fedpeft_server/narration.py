@@ -18,6 +18,16 @@ def round_sentence(record: RoundRecord, rounds: int) -> str:
     )
 
 
+def doing_of(message_type: str) -> str:
+    """Return what clinics do when they get such a message; "" for steps not worth a line."""
+    return {
+        "train": "training",
+        "evaluate": "evaluating",
+        "train.masked": "sending masked updates",
+        "train.unmask": "opening the sum",
+    }.get(message_type, "")
+
+
 def failure_sentences(record: RoundRecord) -> list[str]:
     """Return a line for each clinic whose answer was not used."""
     return [
@@ -39,8 +49,8 @@ class Narration:
 
     def asked(self, number: int, kind: str, clinics: list[str]) -> None:
         """Say what the clinics are doing."""
-        verb = "training" if kind == "train" else "evaluating"
-        self._say(f"round {number}/{self._rounds}: {verb}: {', '.join(clinics)}")
+        if doing := doing_of(kind):
+            self._say(f"round {number}/{self._rounds}: {doing}: {', '.join(clinics)}")
 
     def round_repeated(self, number: int, why: str) -> None:
         """Say that a round has to be repeated."""

@@ -92,7 +92,7 @@ class PublicDoor:
         flower: Application,
         *,
         member_keys: Callable[[], frozenset[bytes]],
-        enrol: Callable[[str, str], dict[str, str]],
+        enrol: Callable[[str, str, str, str], dict[str, str]],
         max_request_bytes: int,
         max_message_bytes: int,
         enrol_attempts_per_minute: int = 10,
@@ -103,8 +103,9 @@ class PublicDoor:
             flower: Flower's own application.
             member_keys: the enrolled public keys, PEM; called in a worker
                 thread, at most once a second.
-            enrol: takes a token and a public key (PEM), returns the JSON
-                answer, or raises EnrolmentError; called in a worker thread.
+            enrol: takes a token, a public key (PEM), a public identity and the
+                proof of its possession, returns the JSON answer, or raises
+                EnrolmentError; called in a worker thread.
             max_request_bytes: cap on one HTTP body, however it is framed.
             max_message_bytes: cap on all objects of one reply of one clinic.
             enrol_attempts_per_minute: for one network address.
@@ -183,9 +184,9 @@ class PublicDoor:
         if not self._limiter.allow(source, time.monotonic()):
             raise _Refused(429, "too-many-attempts")
         body = await _read_body(scope, receive, _ENROL_MAX_BYTES, _ENROL_BODY_TIMEOUT_S)
-        token, public_key = _token_and_key(body)
+        fields = _enrolment_fields(body)
         try:
-            answer = await asyncio.to_thread(self._enrol, token, public_key)
+            answer = await asyncio.to_thread(self._enrol, *fields)
         except InvitationRefused as error:
             raise _Refused(_REFUSAL_STATUS[error.refusal], error.refusal) from error
         except EnrolmentError as error:
@@ -196,15 +197,17 @@ class PublicDoor:
         await _answer(send, 200, answer)
 
 
-def _token_and_key(body: bytes) -> tuple[str, str]:
+def _enrolment_fields(body: bytes) -> tuple[str, str, str, str]:
     try:
         document = json.loads(body)
         token, public_key = document["token"], document["public_key"]
+        identity, proof = document["identity"], document["proof"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _Refused(400, "bad-request") from error
-    if not isinstance(token, str) or not isinstance(public_key, str):
+    fields = (token, public_key, identity, proof)
+    if not all(isinstance(field, str) for field in fields):
         raise _Refused(400, "bad-request")
-    return token, public_key
+    return fields
 
 
 def _check_sender(body: bytes) -> None:

@@ -6,7 +6,6 @@ on after a crash, so the loop is ours and calls the strategy's hooks.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 from flwr.app import Message
@@ -14,25 +13,30 @@ from flwr.serverapp.strategy import Strategy
 
 from fedpeft.adapters import AdapterSchema, AdapterState
 from fedpeft.config import FederationSettings
-from fedpeft.errors import AdapterError, FederationError
+from fedpeft.errors import FederationError
 from fedpeft.models import initial_state
 from fedpeft.protocol import (
-    NUM_EXAMPLES,
+    EVALUATE,
+    TRAIN,
     TRAIN_NLL,
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
     Job,
+    SumTerms,
     array_record,
     config_record,
     mean_loss,
-    metric_from,
-    state_from,
     state_of,
 )
-from fedpeft_server.exchange import Check, Outcome, exchange
+from fedpeft.sealing import Identity
+from fedpeft_server.channel import Channel
+from fedpeft_server.collection import Collected, Collector, Kind
 from fedpeft_server.link import Link
+from fedpeft_server.opened import OpenedCollector
+from fedpeft_server.quantisation_range import first_limit
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
+from fedpeft_server.summed import SummedCollector
 
 _POLL_S = 0.2
 
@@ -45,7 +49,7 @@ class Watcher(Protocol):
         ...
 
     def asked(self, number: int, kind: str, clinics: list[str]) -> None:
-        """The clinics are about to work on a message of ``kind`` train or evaluate.
+        """The clinics are about to get a message of ``kind`` (train, evaluate, train.keys ...).
 
         Round 0 is the evaluation of the base model.
         """
@@ -61,7 +65,7 @@ class Watcher(Protocol):
 
 
 class Federation:
-    """One run of one federation over any engine."""
+    """One run of one federation over any engine; ``identity`` signs what clinics are asked."""
 
     def __init__(
         self,
@@ -70,12 +74,15 @@ class Federation:
         strategy: Strategy,
         directory: RunDirectory,
         watcher: Watcher,
+        identity: Identity,
     ) -> None:
         self._settings = settings
         self._schema = schema
         self._strategy = strategy
         self._directory = directory
         self._watcher = watcher
+        self._identity = identity
+        self._limit = settings.aggregation.limit or first_limit(settings.training)
 
     def run(self, link: Link) -> None:
         """Run the rounds that are not finished yet.
@@ -85,39 +92,49 @@ class Federation:
             StorageError: a finished round cannot be written, or another run lies there.
         """
         last = self._directory.open(self._schema.fingerprint)
+        collector = self._collector(link)
         if last is None:
             state = initial_state(self._schema, self._settings.training.seed)
             last = 0
-            self._gather(link, last)
             watch = _Stopwatch(link)
-            base = self._insist(link, last, lambda: self._evaluate(link, last, state))
-            self._finish(last, watch, _Trained({}, {}, None), base, state)
+            base = self._insist(link, collector, last, EVALUATE, state)
+            self._finish(last, watch, None, base, state)
         else:
             state = self._directory.adapter_of(last, self._schema)
             self._directory.publish(state)
+            self._follow(self._directory.records()[-1])
         for number in range(last + 1, self._settings.rounds.count + 1):
             if self._out_of_patience():
                 break
-            self._gather(link, number)
             watch = _Stopwatch(link)
-            trained, state = self._train(link, number, state)
-            evaluated = self._evaluate(link, number, state)
-            self._finish(number, watch, trained, evaluated, state)
+            trained = self._insist(link, collector, number, TRAIN, state)
+            state, loss = self._aggregate(number, trained)
+            evaluated = self._collect(link, collector, number, 1, EVALUATE, state)
+            self._finish(number, watch, (trained, loss), evaluated, state)
 
-    def _train(
-        self, link: Link, number: int, state: AdapterState
-    ) -> "tuple[_Trained, AdapterState]":
-        """Train and aggregate one round."""
+    def _collector(self, link: Link) -> Collector:
+        """Return the way in which answers are collected under the federation's settings."""
+        channel = Channel(
+            link,
+            self._identity,
+            federation=self._settings.name,
+            schema=self._schema.hash,
+            values=self._schema.numel,
+        )
+        aggregation = self._settings.aggregation
+        if aggregation.confidentiality == "sealed":
+            return OpenedCollector(channel, self._schema)
+        return SummedCollector(
+            channel,
+            self._schema,
+            aggregation,
+            minimum=self._settings.rounds.minimum_clinics,
+            told=self._watcher.asked,
+        )
 
-        def ask() -> Outcome:
-            messages = self._strategy.configure_train(
-                number, array_record(state, "adapter"), config_record(self._job(number)), link.grid
-            )
-            return self._exchange(link, number, messages, self._check_update)
-
-        return self._aggregate(number, self._insist(link, number, ask))
-
-    def _insist(self, link: Link, number: int, ask: Callable[[], Outcome]) -> Outcome:
+    def _insist(
+        self, link: Link, collector: Collector, number: int, kind: Kind, state: AdapterState
+    ) -> Collected:
         """Ask again while fewer usable answers come than the minimum.
 
         Raises:
@@ -126,10 +143,10 @@ class Federation:
         rounds, why = self._settings.rounds, ""
         for attempt in range(1, rounds.retries + 2):
             self._gather(link, number)
-            outcome = ask()
-            if len(outcome.answers) >= rounds.minimum_clinics:
-                return outcome
-            why = self._too_few(outcome)
+            collected = self._collect(link, collector, number, attempt, kind, state)
+            if len(collected.participants) >= rounds.minimum_clinics:
+                return collected
+            why = self._too_few(collected)
             if attempt <= rounds.retries:
                 self._watcher.round_repeated(number, why)
         raise FederationError(
@@ -137,72 +154,73 @@ class Federation:
             f"then start again: finished rounds are kept in {self._directory.path}"
         )
 
-    def _aggregate(self, number: int, outcome: Outcome) -> "tuple[_Trained, AdapterState]":
-        arrays, metrics = self._strategy.aggregate_train(number, outcome.answers.values())
+    def _collect(
+        self,
+        link: Link,
+        collector: Collector,
+        number: int,
+        attempt: int,
+        kind: Kind,
+        state: AdapterState,
+    ) -> Collected:
+        """Send ``state`` to everybody, to train from or to keep and evaluate."""
+        configure: Callable[..., Iterable[Message]] = (
+            self._strategy.configure_train if kind == TRAIN else self._strategy.configure_evaluate
+        )
+        job = config_record(self._job(number))
+        messages = list(configure(number, array_record(state, "adapter"), job, link.grid))
+        if not messages:
+            return Collected()
+        names = link.names()
+        asked = sorted(names[message.metadata.dst_node_id] for message in messages)
+        self._watcher.asked(number, kind, asked)
+        timeout_s = self._settings.rounds.timeout_s
+        return collector.collect(kind, number, attempt, messages, timeout_s)
+
+    def _aggregate(self, number: int, collected: Collected) -> tuple[AdapterState, float | None]:
+        """Return the next adapter and the token-weighted mean of the training loss."""
+        arrays, metrics = self._strategy.aggregate_train(number, collected.replies)
         if arrays is None or metrics is None:
             raise FederationError(f"the strategy made no adapter of round {number}'s updates")
         state = state_of(arrays, self._schema, "adapter", source="the strategy")
         state.require_finite(source=f"the aggregation of round {number}")
-        loss = mean_loss(metrics, TRAIN_NLL, TRAIN_TOKENS)
-        return _Trained(outcome.answers, outcome.failed, loss), state
-
-    def _evaluate(self, link: Link, number: int, state: AdapterState) -> Outcome:
-        """Send ``state`` to everybody, to keep and to evaluate."""
-        messages = self._strategy.configure_evaluate(
-            number, array_record(state, "adapter"), config_record(self._job(number)), link.grid
-        )
-        return self._exchange(link, number, messages, self._check_score)
+        return state, mean_loss(metrics, TRAIN_NLL, TRAIN_TOKENS)
 
     def _finish(
         self,
         number: int,
         watch: "_Stopwatch",
-        trained: "_Trained",
-        evaluated: Outcome,
+        trained: tuple[Collected, float | None] | None,
+        evaluated: Collected,
         state: AdapterState,
     ) -> None:
-        """Make the round durable and say so."""
-        metrics = self._strategy.aggregate_evaluate(number, evaluated.answers.values())
+        """Make the round durable and say so; ``trained`` is None in round 0."""
+        metrics = self._strategy.aggregate_evaluate(number, evaluated.replies)
         overall = mean_loss(metrics, VALID_NLL, VALID_TOKENS) if metrics is not None else None
-        failed = {**evaluated.failed, **trained.failed}
+        half, loss = trained or (Collected(), None)
+        failed = {**evaluated.failed, **half.failed}
         up, down, seconds = watch.read()
         record = RoundRecord(
             round=number,
-            participants=tuple(trained.answers),
+            participants=half.participants,
             failed=tuple(FailedClinic(clinic=n, reason=r) for n, r in sorted(failed.items())),
-            train_loss=trained.loss,
+            train_loss=loss,
             valid_loss=overall,
-            per_clinic=_losses(evaluated),
+            per_clinic=evaluated.losses,
             bytes_up=up,
             bytes_down=down,
             seconds=seconds,
+            confidentiality=(half if trained else evaluated).confidentiality,
         )
         self._directory.save_round(record, state)
+        self._follow(record)
         self._watcher.round_finished(record)
 
-    def _exchange(
-        self, link: Link, number: int, messages: Iterable[Message], check: Check
-    ) -> Outcome:
-        outgoing = list(messages)
-        names = link.names()
-        asked = sorted(names[message.metadata.dst_node_id] for message in outgoing)
-        kind = outgoing[0].metadata.message_type if outgoing else ""
-        self._watcher.asked(number, kind, asked)
-        return exchange(link, outgoing, timeout_s=self._settings.rounds.timeout_s, check=check)
-
-    def _check_update(self, name: str, reply: Message) -> None:
-        source = f"clinic {name}"
-        state_from(reply.content, self._schema, "update", source=source).require_finite(
-            source=source
-        )
-        metric_from(reply.content, TRAIN_NLL)
-        metric_from(reply.content, TRAIN_TOKENS)
-        if not metric_from(reply.content, NUM_EXAMPLES):
-            raise AdapterError(f"{source} reports an update of no examples; it is not used")
-
-    def _check_score(self, name: str, reply: Message) -> None:
-        metric_from(reply.content, VALID_NLL)
-        metric_from(reply.content, VALID_TOKENS)
+    def _follow(self, record: RoundRecord) -> None:
+        """Quantise the next round in the range that the last one suggests, unless one is set."""
+        found = record.confidentiality.next_limit if record.confidentiality else None
+        if self._settings.aggregation.limit is None and found is not None:
+            self._limit = found
 
     def _gather(self, link: Link, number: int) -> None:
         """Wait for the minimum of clinics, and for a while for the other enrolled ones.
@@ -237,10 +255,12 @@ class Federation:
         losses = [record.valid_loss for record in records if record.valid_loss is not None]
         return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
-    def _too_few(self, outcome: Outcome) -> str:
-        failed = ", ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
+    def _too_few(self, collected: Collected) -> str:
+        failed = ", ".join(f"{name}: {reason}" for name, reason in collected.failed.items())
+        if collected.trouble:
+            return f"{collected.trouble} ({failed or 'no clinic gave a reason'})"
         return (
-            f"{len(outcome.answers)} usable answers where rounds.minimum_clinics = "
+            f"{len(collected.participants)} usable answers where rounds.minimum_clinics = "
             f"{self._settings.rounds.minimum_clinics} ({failed or 'no other clinic is connected'})"
         )
 
@@ -251,18 +271,15 @@ class Federation:
             quantization=self._settings.model.quantization,
             adapter=self._settings.adapter,
             training=self._settings.training,
+            aggregation=SumTerms(
+                confidentiality=self._settings.aggregation.confidentiality,
+                adversary=self._settings.aggregation.adversary,
+                bits=self._settings.aggregation.bits,
+                limit=self._limit,
+            ),
             round=number,
             rounds=self._settings.rounds.count,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """The training half of a round; ``loss`` is the token-weighted mean."""
-
-    answers: dict[str, Message]
-    failed: dict[str, str]
-    loss: float | None
 
 
 class _Stopwatch:
@@ -278,11 +295,3 @@ class _Stopwatch:
         meter, (up, down) = self._link.meter, self._before
         seconds = round(time.monotonic() - self._began, 3)
         return meter.bytes_up - up, meter.bytes_down - down, seconds
-
-
-def _losses(evaluated: Outcome) -> dict[str, float]:
-    losses: dict[str, float] = {}
-    for name, reply in evaluated.answers.items():
-        if tokens := metric_from(reply.content, VALID_TOKENS):
-            losses[name] = metric_from(reply.content, VALID_NLL) / tokens
-    return losses

@@ -21,6 +21,7 @@ from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter, save_ada
 from fedpeft.config import FederationSettings
 from fedpeft.errors import StorageError
 from fedpeft.storage import explained, sync_directory, write_atomically
+from fedpeft_server.collection import ConfidentialityRecord
 
 SCHEMA = 1
 _BESIDE = {"data", "logs", "compared"}
@@ -50,6 +51,8 @@ class RoundRecord(BaseModel):
     bytes_up: int
     bytes_down: int
     seconds: float
+    confidentiality: ConfidentialityRecord | None = None
+    """None in rounds of release 0.1."""
 
 
 class RunDirectory:
@@ -201,6 +204,7 @@ class RunDirectory:
                     for name in names
                 },
             },
+            "confidentiality": _confidentiality(records),
             "exact_match": None,
             "privacy": None,
             "peak_rss_mb": peak_rss_mb(),
@@ -212,6 +216,15 @@ class RunDirectory:
 def peak_rss_mb() -> float:
     """Return the most memory that this process has held, in MB (10^6 bytes)."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+
+
+def _confidentiality(records: list[RoundRecord]) -> dict[str, Any] | None:
+    """Return what the server could see in the last round."""
+    last = records[-1].confidentiality if records else None
+    if last is None:
+        return None
+    shown = {"mode", "threshold", "survivors", "bits", "wire_bytes_per_coordinate"}
+    return last.model_dump(mode="json", include=shown)
 
 
 def _latest(records: list[RoundRecord], name: str) -> float | None:

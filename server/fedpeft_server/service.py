@@ -7,6 +7,8 @@ from flwr.app import Message
 
 from fedpeft.errors import ConfigError
 from fedpeft.models import adapter_schema
+from fedpeft.protocol import KINDS
+from fedpeft.secagg import STAGES
 from fedpeft_server.app import build_server_app
 from fedpeft_server.narration import Narration
 from fedpeft_server.rounds import Federation
@@ -30,6 +32,7 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
             "rounds.minimum_clinics = 1 would show one clinic's update to all the others; raise it "
             f"to {_LEAST_CLINICS} or more in {site.directory / 'federation.toml'}"
         )
+    identity = site.identity
     schema = adapter_schema(site.model(), settings.adapter)
     federation = Federation(
         settings,
@@ -37,6 +40,7 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
         build_strategy(settings.strategy.name, schema),
         RunDirectory(results, settings, engine="flower"),
         Narration(say, settings.rounds.count),
+        identity,
     )
     place = SuperLinkSettings(
         directory=site.state,
@@ -45,10 +49,21 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
         max_message_bytes=site.listen.max_message_mb << 20,
     )
     enrolments = site.enrolments()
+    say(f"the fingerprint of this server's identity is {identity.public.fingerprint}")
+    if old := [each.name for each in enrolments.clinics() if each.identity is None]:
+        say(
+            f"{', '.join(old)} enrolled with an older release, take no part, and must enrol "
+            "again: fedpeft-server remove NAME, then fedpeft-server invite NAME"
+        )
 
-    def heard(node: int, _reply: Message) -> None:
-        say(f"clinic {link.names().get(node, 'unknown')} answered")
+    def heard(node: int, reply: Message) -> None:
+        # The later steps of a secure sum take moments, and would be five lines a clinic.
+        if reply.metadata.message_type.removesuffix(f".{STAGES[0]}") in KINDS:
+            say(f"clinic {link.names().get(node, 'unknown')} answered")
 
     with SuperLink(place, site.authority, enrolments, on_arrival=heard) as link:
-        say(f"listening on {site.listen.address} for federation {settings.name}")
+        say(
+            f"listening on {site.listen.address} for federation {settings.name}; confidentiality "
+            f"{settings.aggregation.confidentiality}"
+        )
         link.run(build_server_app(federation, link))

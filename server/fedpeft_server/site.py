@@ -2,7 +2,7 @@
 
 federation.toml     what the federation does
 server.toml         where the server listens
-keys/               certificate authority and server certificate (keys mode 600)
+keys/               certificate authority, server certificate, identity (private parts mode 600)
 state/              enrolments and Flower's messages
 run/                rounds, adapter and summary (see run_directory.py)
 """
@@ -10,16 +10,28 @@ run/                rounds, adapter and summary (see run_directory.py)
 import json
 import tomllib
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from pydantic import Field
 
-from fedpeft.config import FederationSettings, Name, Settings, load_settings, parse_settings
+from fedpeft.config import (
+    FederationSettings,
+    KeySettings,
+    Name,
+    Settings,
+    load_settings,
+    parse_settings,
+)
+from fedpeft.console import ask_passphrase
 from fedpeft.errors import ConfigError, StorageError
 from fedpeft.models import fingerprint, require_fingerprint, resolve_base
+from fedpeft.sealing.identity import Identity
+from fedpeft.sealing.keyfile import protection_from
 from fedpeft.storage import write_atomically
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.pki import Authority, create_authority, split_address
+from fedpeft_server.site_identity import SiteIdentity
 
 FEDERATION_FILE = "federation.toml"
 SERVER_FILE = "server.toml"
@@ -35,6 +47,8 @@ class ListenSettings(Settings):
     """The local interface to listen on."""
     max_message_mb: int = Field(default=1024, ge=1)
     """MiB of one clinic's answer."""
+    keys: KeySettings = KeySettings()
+    """How ``keys/identity.key`` is protected."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,19 @@ class Site:
     listen: ListenSettings
     federation: FederationSettings
     authority: Authority
+    sealing: SiteIdentity
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The private identity, unlocked on first use; a passphrase is asked for at the terminal.
+
+        Raises:
+            KeyLocked: the passphrase or key file is missing or wrong.
+            SealingError: the file is damaged.
+            StorageError: other users can read it, or it does not fit ``identity.pub``.
+        """
+        ask = partial(ask_passphrase, confirm=False)
+        return self.sealing.unlock(self.listen.keys, self.directory, ask)
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -88,15 +115,31 @@ class Site:
             federation=self.federation.name,
             server=f"{name}:{port}",
             ca_pem=self.authority.ca_pem(),
+            identity=self.sealing.public,
         )
 
 
-def create_site(directory: Path, *, address: str, name: Name, base: str) -> Site:
-    """Make a new site with its own certificate authority.
+def create_site(
+    directory: Path,
+    *,
+    address: str,
+    name: Name,
+    base: str,
+    keys: KeySettings,
+) -> Site:
+    """Make a new site with its own certificate authority and identity.
+
+    Args:
+        directory: made if missing; must be empty.
+        address: ``host:port`` as clinics reach it.
+        name: of the federation.
+        base: directory of the base model, or ``embedded``.
+        keys: how the identity is protected; a new passphrase is asked for at the terminal.
 
     Raises:
         StorageError: the directory is not empty or cannot be written.
         ConfigError: ``address`` or ``name`` cannot be used.
+        KeyLocked: the passphrase or key file cannot be used; nothing was made.
     """
     if directory.exists() and any(directory.iterdir()):
         raise StorageError(f"{directory} is not empty; name a new directory for the site")
@@ -105,8 +148,10 @@ def create_site(directory: Path, *, address: str, name: Name, base: str) -> Site
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     text = _FEDERATION.format(name=json.dumps(name), base=json.dumps(base))
     parse_settings(FederationSettings, tomllib.loads(text), [], where="the command line")
-    listen = _SERVER.format(address=json.dumps(address))
+    protection = protection_from(keys, directory, partial(ask_passphrase, confirm=True))
     create_authority(directory / "keys", address)
+    SiteIdentity.create(directory / "keys", protection)
+    listen = _server_toml(address, keys)
     write_atomically(directory / FEDERATION_FILE, text.encode())
     write_atomically(directory / SERVER_FILE, listen.encode())
     return open_site(directory)
@@ -117,7 +162,7 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
 
     Raises:
         ConfigError: there is no site, or a file has a fault.
-        StorageError: keys are missing or open to other users.
+        StorageError: keys or identity are missing or open to other users.
     """
     if not (directory / SERVER_FILE).is_file():
         raise ConfigError(
@@ -128,6 +173,17 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
         listen=load_settings(ListenSettings, directory / SERVER_FILE),
         federation=load_settings(FederationSettings, directory / FEDERATION_FILE, overrides or []),
         authority=Authority.load(directory / "keys"),
+        sealing=SiteIdentity.load(directory / "keys"),
+    )
+
+
+def _server_toml(address: str, keys: KeySettings) -> str:
+    # For these strings and booleans JSON is TOML.
+    path = '# key_file = "/media/usb/fedpeft.key"'
+    if keys.key_file is not None:
+        path = f"key_file = {json.dumps(str(keys.key_file))}"
+    return _SERVER.format(
+        address=json.dumps(address), passphrase=json.dumps(keys.passphrase), key_file=path
     )
 
 
@@ -135,6 +191,10 @@ _SERVER = """# Where the server listens. Invitations carry this address.
 address = {address}
 listen = "0.0.0.0"            # the local interface
 max_message_mb = 1024         # MiB of one clinic's answer
+
+[keys]                        # how keys/identity.key lies on the disk
+passphrase = {passphrase}            # asked for at every start
+{key_file}
 """
 
 _FEDERATION = """# What the federation does. Every setting stands in docs/configuration.md.
@@ -158,11 +218,15 @@ schedule = "cosine"           # over all rounds
 
 [rounds]
 count = 5
-minimum_clinics = 2
+minimum_clinics = 3           # answers that a round needs; of fewer, a sum hides nothing
 timeout_s = 3600.0            # for one answer
 wait_s = 86400.0              # for the minimum of clinics to connect
 gather_s = 30.0               # for the other enrolled clinics
 
 [strategy]
 name = "fedavg"
+
+[aggregation]
+confidentiality = "secagg"    # the server learns sums only; "sealed": it opens each update
+adversary = "active"          # "curious": a server that keeps to the protocol
 """

@@ -37,6 +37,7 @@ from flwr.superlink.main import create_app
 
 from fedpeft.errors import FederationError, StorageError
 from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft.sealing import PublicIdentity
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.grid import Arrival, FederationGrid
 from fedpeft_server.listener import Listener, bind, tls_context
@@ -118,7 +119,7 @@ class SuperLink:
             self._state = state
             _end_old_runs(state)
             _compact(self._settings.directory)
-            for clinic in self._enrolments.clinics():
+            for clinic in self._enrolments.members():
                 self._ensure_node(clinic.name, clinic.public_key)
             door = PublicDoor(
                 app,
@@ -159,6 +160,11 @@ class SuperLink:
         """The way to send messages and collect replies."""
         return _entered(self._grid)
 
+    @property
+    def run_id(self) -> int:
+        """Flower's id of the run."""
+        return self.grid.run.run_id
+
     def connected(self) -> dict[int, str]:
         """Return node id and clinic name of the clinics that are online.
 
@@ -171,11 +177,22 @@ class SuperLink:
         return {node: name for node, name in self.names().items() if node in online}
 
     def names(self) -> dict[int, str]:
-        """Return node id and clinic name of all enrolled clinics."""
+        """Return node id and clinic name of all clinics that may take part.
+
+        A clinic that enrolled without an identity may not: nothing can be sealed to it.
+        """
         return {
             clinic.node_id: clinic.name
-            for clinic in self._enrolments.clinics()
+            for clinic in self._enrolments.members()
             if clinic.node_id is not None
+        }
+
+    def identities(self) -> dict[int, PublicIdentity]:
+        """Return node id and pinned public identity of the clinics in :meth:`names`."""
+        return {
+            clinic.node_id: clinic.identity
+            for clinic in self._enrolments.clinics()
+            if clinic.node_id is not None and clinic.identity is not None
         }
 
     def node_of(self, reply: Message) -> int:
@@ -247,11 +264,11 @@ class SuperLink:
         )
 
     def _member_keys(self) -> frozenset[bytes]:
-        return frozenset(each.public_key.encode("ascii") for each in self._enrolments.clinics())
+        return frozenset(each.public_key.encode("ascii") for each in self._enrolments.members())
 
-    def _enrol(self, token: str, public_key: str) -> dict[str, str]:
-        name = self._enrolments.redeem(token, public_key)
-        for clinic in self._enrolments.clinics():
+    def _enrol(self, token: str, public_key: str, identity: str, proof: str) -> dict[str, str]:
+        name = self._enrolments.redeem(token, public_key, identity, proof)
+        for clinic in self._enrolments.members():
             if clinic.name == name:
                 self._ensure_node(name, clinic.public_key)
         return {"clinic": name, "federation": self._enrolments.federation}

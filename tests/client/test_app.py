@@ -1,17 +1,18 @@
 """A clinic's answers to the server's messages: what it refuses, and what it lets out."""
 
+import dataclasses
 import json
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
-from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter
+from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter, to_bytes
 from fedpeft.config import AdapterSettings, TrainingSettings
 from fedpeft.data import encode, read_records
 from fedpeft.evaluation import score
@@ -19,7 +20,9 @@ from fedpeft.models import adapter_schema, fingerprint, initial_state
 from fedpeft.protocol import (
     ARRAYS,
     CONFIG,
+    CONTENT_KEY,
     EVALUATE,
+    JOB,
     METRICS,
     NUM_EXAMPLES,
     TRAIN,
@@ -28,21 +31,34 @@ from fedpeft.protocol import (
     VALID_NLL,
     VALID_TOKENS,
     Job,
+    Payload,
+    SumTerms,
     array_record,
+    carried,
+    carry,
     config_record,
     metric_from,
+    metric_record,
+    raw,
     state_from,
 )
-from fedpeft.training import Place, train
-from fedpeft_client.app import ClinicWork, build_client_app
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.settings import DataSettings, LimitSettings
+from fedpeft.protocol.records import Metric
+from fedpeft.sealing import SERVER, Identity, clinic_role, open_sealed, seal, seal_broadcast
+from fedpeft.sealing import Context as Sealing
+from fedpeft.training import Observer, Place, train
+from fedpeft_client.app import ClinicDesk, build_client_app
+from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.settings import ConfidentialitySettings, DataSettings, LimitSettings
+from fedpeft_client.work import ClinicWork
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 TEXT, PATIENT = "Zyxomira Canarytext", "CANARY-PATIENT-77"
 LORA = AdapterSettings(rank=2, alpha=4.0)
 TRAINING = TrainingSettings(learning_rate=5e-3, batch_size=4, local_steps=2, max_length=64, seed=3)
 Ask = Callable[..., Message]
+RUN = 1  # as the fixture flower_identity has it
+NORTH, SERVER_IDENTITY = Identity.generate(), Identity.generate()
+SEALED = SumTerms(confidentiality="sealed", adversary="active", bits=16, limit=1.0)
 
 
 def write(path: Path, rows: int) -> Path:
@@ -60,10 +76,12 @@ def clinic(tiny_model: Path, tmp_path: Path) -> Clinic:
     return Clinic(
         name="north",
         federation="sea",
+        membership=Membership(NORTH, SERVER_IDENTITY.public),
         model=tiny_model,
         data=data,
         dtype="float32",
         limits=LimitSettings(max_rank=4, max_steps=5),
+        aggregation=ConfidentialitySettings(require_secagg=False),
         adapter_directory=tmp_path / "adapter",
     )
 
@@ -75,6 +93,7 @@ def job_for(clinic: Clinic, **changes: Any) -> Job:
         quantization="none",
         adapter=LORA,
         training=TRAINING,
+        aggregation=SEALED,
         round=1,
         rounds=3,
     )
@@ -85,25 +104,75 @@ def start_of(clinic: Clinic) -> AdapterState:
     return initial_state(adapter_schema(clinic.model, LORA), 0)
 
 
+def desk_of(clinic: Clinic, observe: Observer | None = None) -> ClinicDesk:
+    return ClinicDesk(lambda _: clinic, ClinicWork(observe))
+
+
+def context_of(clinic: Clinic, number: int, kind: str) -> Sealing:
+    return Sealing(
+        federation="sea",
+        run=RUN,
+        round=number,
+        attempt=1,
+        sender=SERVER,
+        receiver=clinic_role(clinic.name),
+        purpose=kind,
+        schema=start_of(clinic).schema.hash,
+    )
+
+
 def ask(
     clinic: Clinic,
     kind: str = TRAIN,
     *,
     state: AdapterState | None = None,
     job: Job | None = None,
-    work: ClinicWork | None = None,
+    desk: ClinicDesk | None = None,
 ) -> Message:
-    arrays = array_record(state or start_of(clinic), "adapter")
-    content = RecordDict({ARRAYS: arrays, CONFIG: config_record(job or job_for(clinic))})
-    return answer(clinic, content, kind, work)
+    asked = job or job_for(clinic)
+    adapter, key = seal_broadcast(to_bytes(state or start_of(clinic), "adapter"))
+    payload = Payload({JOB: asked.to_json(), CONTENT_KEY: key.to_bytes().hex()})
+    return answer(clinic, payload, kind, desk, adapter=adapter, number=asked.round)
 
 
 def answer(
-    clinic: Clinic, content: RecordDict, kind: str = TRAIN, work: ClinicWork | None = None
+    clinic: Clinic,
+    payload: Payload,
+    kind: str = TRAIN,
+    desk: ClinicDesk | None = None,
+    *,
+    adapter: bytes | None = None,
+    number: int = 1,
 ) -> Message:
-    app = build_client_app(work or ClinicWork(lambda _: clinic))
-    context = Context(1, 1000, {}, RecordDict(), run_config={})
+    """Seal a payload as the server does, and return the clinic's answer opened."""
+    about = context_of(clinic, number, kind)
+    sealed = seal(payload.to_bytes(), about, sender=SERVER_IDENTITY, receiver=NORTH.public)
+    content = carry(sealed, None if adapter is None else raw(adapter))
+    reply = deliver(clinic, content, kind, desk)
+    return reply if reply.has_error() else opened(reply, about)
+
+
+def deliver(
+    clinic: Clinic, content: RecordDict, kind: str = TRAIN, desk: ClinicDesk | None = None
+) -> Message:
+    app = build_client_app(desk or desk_of(clinic))
+    context = Context(RUN, 1000, {}, RecordDict(), run_config={})
     return app(Message(content, 1000, kind), context)
+
+
+def opened(reply: Message, about: Sealing) -> Message:
+    sealed, _ = carried(reply.content, source="north")
+    data = open_sealed(
+        sealed, about.answer(), sender=NORTH.public, receiver=SERVER_IDENTITY, max_bytes=1 << 20
+    )
+    payload = Payload.from_bytes(data, source="north")
+    metrics = cast("dict[Metric, int | float]", payload.fields)
+    content = RecordDict({METRICS: metric_record(metrics)})
+    if payload.blob:
+        content[ARRAYS] = ArrayRecord(
+            {"adapter": Array("bytes", (len(payload.blob),), "fedpeft.adapter.v1", payload.blob)}
+        )
+    return Message(content, 1000, "train")
 
 
 def changed(clinic: Clinic, **changes: Any) -> Clinic:
@@ -200,24 +269,87 @@ def test_a_refusal_tells_the_server_its_reason_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
-    [({}, "bad-config"), ({CONFIG: ConfigRecord({"job": "{}"})}, "bad-config")],
+    ("fields", "reason"), [({}, "bad-seal"), ({JOB: 3}, "bad-seal"), ({JOB: "{}"}, "bad-config")]
 )
-def test_a_message_that_is_no_job_is_refused(content: dict[str, Any], reason: str, clinic: Clinic):
-    assert answer(clinic, RecordDict(content)).error.reason == reason
+def test_a_message_that_is_no_job_is_refused(fields: dict[str, Any], reason: str, clinic: Clinic):
+    assert answer(clinic, Payload(fields)).error.reason == reason
 
 
 def test_a_job_without_an_adapter_is_refused(clinic: Clinic):
-    content = RecordDict({CONFIG: config_record(job_for(clinic))})
-    assert answer(clinic, content).error.reason == "bad-adapter"
+    payload = Payload({JOB: job_for(clinic).to_json()})
+    assert answer(clinic, payload).error.reason == "bad-seal"
+
+
+def test_what_is_not_sealed_is_refused(clinic: Clinic):
+    arrays = array_record(start_of(clinic), "adapter")
+    content = RecordDict({ARRAYS: arrays, CONFIG: config_record(job_for(clinic))})
+    assert deliver(clinic, content).error.reason == "bad-seal"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run": RUN + 1}, "wrong-context"),
+        ({"federation": "lake"}, "wrong-context"),
+        ({"receiver": clinic_role("south")}, "wrong-context"),
+        ({"sender": clinic_role("south")}, "wrong-context"),
+        ({"purpose": EVALUATE}, "wrong-context"),
+        ({"purpose": f"{TRAIN}/reply"}, "wrong-context"),
+        ({"round": 2}, "bad-config"),
+        ({"schema": "a" * 64}, "wrong-context"),
+    ],
+)
+def test_a_message_from_another_place_does_not_open(
+    change: dict[str, Any], reason: str, clinic: Clinic
+):
+    adapter, key = seal_broadcast(to_bytes(start_of(clinic), "adapter"))
+    payload = Payload({JOB: job_for(clinic).to_json(), CONTENT_KEY: key.to_bytes().hex()})
+    about = dataclasses.replace(context_of(clinic, 1, TRAIN), **change)
+    sealed = seal(payload.to_bytes(), about, sender=SERVER_IDENTITY, receiver=NORTH.public)
+    assert deliver(clinic, carry(sealed, raw(adapter))).error.reason == reason
+
+
+def test_a_message_signed_by_another_server_does_not_open(clinic: Clinic):
+    about, other = context_of(clinic, 1, TRAIN), Identity.generate()
+    sealed = seal(Payload().to_bytes(), about, sender=other, receiver=NORTH.public)
+    assert deliver(clinic, carry(sealed)).error.reason == "wrong-signature"
+
+
+def test_another_adapter_than_the_signed_one_is_refused(clinic: Clinic):
+    _, key = seal_broadcast(to_bytes(start_of(clinic), "adapter"))
+    other, _ = seal_broadcast(to_bytes(start_of(clinic), "adapter"))
+    payload = Payload({JOB: job_for(clinic).to_json(), CONTENT_KEY: key.to_bytes().hex()})
+    assert answer(clinic, payload, adapter=other).error.reason == "bad-seal"
+
+
+def test_a_message_of_a_round_gone_by_is_refused(clinic: Clinic):
+    desk = desk_of(clinic)
+    assert not ask(clinic, desk=desk, job=job_for(clinic, round=2)).has_error()
+    assert ask(clinic, desk=desk).error.reason == "wrong-context"
+
+
+def test_a_clinic_that_demands_secure_aggregation_refuses_a_sealed_job(clinic: Clinic):
+    strict = changed(clinic, aggregation=ConfidentialitySettings())
+    assert ask(strict).error.reason == "secagg-required"
+    assert ask(strict, EVALUATE).error.reason == "secagg-required"
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_a_secagg_job_is_not_answered_in_the_open(kind: str, clinic: Clinic):
+    terms = SEALED.model_copy(update={"confidentiality": "secagg"})
+    assert ask(clinic, kind, job=job_for(clinic, aggregation=terms)).error.reason == "bad-config"
+
+
+def test_a_later_step_of_a_sum_that_never_began_is_refused(clinic: Clinic):
+    assert answer(clinic, Payload(), "train.masked").error.reason == "out-of-order"
 
 
 def test_a_clinic_goes_on_after_it_refused(clinic: Clinic):
-    work = ClinicWork(lambda _: clinic)
+    desk = desk_of(clinic)
     for prepare, reason in (*BOTH.values(), *TRAIN_ONLY.values()):
         if reason != "bad-data":
-            assert ask(clinic, work=work, **prepare(clinic)).has_error()
-    expected, got = ask(clinic), ask(clinic, work=work)
+            assert ask(clinic, desk=desk, **prepare(clinic)).has_error()
+    expected, got = ask(clinic), ask(clinic, desk=desk)
     assert update_of(clinic, got).tolist() == update_of(clinic, expected).tolist()
 
 
@@ -263,11 +395,11 @@ def test_the_answer_to_train_is_the_change_that_local_training_makes(clinic: Cli
 
 
 def test_a_restarted_clinic_answers_to_the_byte_as_one_that_ran_on(clinic: Clinic):
-    work = ClinicWork(lambda _: clinic)
+    desk = desk_of(clinic)
     for number in (1, 2):
-        ask(clinic, work=work, job=job_for(clinic, round=number))
+        ask(clinic, desk=desk, job=job_for(clinic, round=number))
     third = job_for(clinic, round=3)
-    ran_on, restarted = ask(clinic, work=work, job=third), ask(clinic, job=third)
+    ran_on, restarted = ask(clinic, desk=desk, job=third), ask(clinic, job=third)
     assert update_of(clinic, ran_on).tolist() == update_of(clinic, restarted).tolist()
 
 
@@ -298,16 +430,16 @@ def test_an_evaluated_adapter_is_kept_and_the_start_is_not(clinic: Clinic):
 
 
 def test_records_are_read_again_once_they_changed(clinic: Clinic):
-    work = ClinicWork(lambda _: clinic)
+    desk = desk_of(clinic)
     counts: list[float] = []
     for rows in (9, 9, 12):
         if rows != 9:
             write(clinic.data.train, rows)
-        counts.append(metric_from(ask(clinic, work=work).content, NUM_EXAMPLES))
+        counts.append(metric_from(ask(clinic, desk=desk).content, NUM_EXAMPLES))
     assert counts == [9, 9, 12]
 
 
 def test_the_steps_of_training_are_told_to_the_observer(clinic: Clinic):
     seen: list[int] = []
-    ask(clinic, work=ClinicWork(lambda _: clinic, lambda done: seen.append(done.step)))
+    ask(clinic, desk=desk_of(clinic, lambda done: seen.append(done.step)))
     assert seen == [1, 2]

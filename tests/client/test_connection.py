@@ -24,6 +24,8 @@ from fedpeft.errors import (
     FedpeftError,
     TrainingError,
 )
+from fedpeft.sealing.identity import Identity
+from fedpeft.sealing.keyfile import Protection
 from fedpeft_client.answering import describe
 from fedpeft_client.connection import ConnectionSettings, Event, serve
 from fedpeft_client.enrolment import join
@@ -128,6 +130,7 @@ class Federation:
             federation="heart",
             server=self.address,
             ca_pem=self.authority.ca_pem(),
+            identity=Identity.generate().public,
         )
 
     def link(self, **options) -> SuperLink:
@@ -139,7 +142,7 @@ class Federation:
     def join(self, name: str) -> ConnectionSettings:
         file = self.directory / f"{name}.json"
         self.enrolments.create_invitation(name, HOUR_S, fingerprint=BASE).write(file)
-        enrolment = join(file, self.directory / name)
+        enrolment = join(file, self.directory / name, Protection.none())
         return ConnectionSettings(
             server=enrolment.server,
             key=enrolment.key,

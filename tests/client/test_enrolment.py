@@ -1,7 +1,9 @@
 import json
+import shutil
 import socket
 import stat
 import time
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -11,9 +13,13 @@ from fedpeft.errors import (
     ConfigError,
     ConnectionFailed,
     EnrolmentError,
+    KeyLocked,
     StorageError,
 )
-from fedpeft_client.enrolment import join
+from fedpeft.sealing.identity import Identity, PublicIdentity
+from fedpeft.sealing.keyfile import Protection, load_identity
+from fedpeft_client import enrolment as enrolment_module
+from fedpeft_client.enrolment import Enrolment
 from fedpeft_client.fleet import load_key
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.pki import create_authority
@@ -21,6 +27,11 @@ from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 
 HOUR_S = 3600.0
 BASE = "f" * 64
+SERVER = Identity.generate().public
+
+
+def join(invitation: Path, directory: Path, protection: Protection | None = None) -> Enrolment:
+    return enrolment_module.join(invitation, directory, protection or Protection.none())
 
 
 class Server:
@@ -34,6 +45,7 @@ class Server:
             federation="heart",
             server=self.address,
             ca_pem=self.authority.ca_pem(),
+            identity=SERVER,
         )
         self.link = SuperLink(
             SuperLinkSettings(directory=directory / "server", host="127.0.0.1", port=port),
@@ -80,7 +92,24 @@ def test_joining_makes_a_key_and_says_what_to_configure(server, invite, tmp_path
     assert enrolment.clinic == json.loads(file.read_text())["clinic"]
     assert enrolment.ca.read_text() == server.authority.ca_pem()
     assert enrolment.clinic in server.link.names().values()
-    assert sorted(path.name for path in (tmp_path / "clinic").iterdir()) == ["ca.pem", "key.pem"]
+    assert sorted(path.name for path in (tmp_path / "clinic").iterdir()) == [
+        "ca.pem",
+        "identity.key",
+        "key.pem",
+        "server.identity",
+    ]
+
+
+def test_both_sides_pin_the_others_identity(server, invite, tmp_path):
+    enrolment = join(invite(), tmp_path / "clinic")
+
+    known = {clinic.name: clinic.identity for clinic in server.enrolments.clinics()}
+    own = load_identity(tmp_path / "clinic" / "identity.key", Protection.none())
+    pinned = (tmp_path / "clinic" / "server.identity").read_text().strip()
+    assert known[enrolment.clinic] == own.public == enrolment.identity
+    assert PublicIdentity.from_text(pinned) == SERVER == enrolment.server_identity
+    for name in ("identity.key", "server.identity"):
+        assert stat.S_IMODE((tmp_path / "clinic" / name).stat().st_mode) == 0o600
 
 
 def test_key_is_private_and_the_server_has_its_public_half(server, invite, tmp_path):
@@ -121,8 +150,81 @@ def test_answer_that_was_lost_on_the_way_is_made_good_by_joining_again(invite, t
     join(file, tmp_path / "clinic")
     # As if the connection had broken after the server accepted.
     (tmp_path / "clinic" / "ca.pem").unlink()
+    pinned = (tmp_path / "clinic" / "server.identity").read_bytes()
 
     assert join(file, tmp_path / "clinic").ca.exists()
+    assert (tmp_path / "clinic" / "server.identity").read_bytes() == pinned
+
+
+def test_lost_answer_is_made_good_before_the_server_was_pinned_too(invite, tmp_path):
+    file = invite()
+    join(file, tmp_path / "clinic")
+    (tmp_path / "clinic" / "ca.pem").unlink()
+    (tmp_path / "clinic" / "server.identity").unlink()
+
+    join(file, tmp_path / "clinic")
+
+    pinned = (tmp_path / "clinic" / "server.identity").read_text()
+    assert PublicIdentity.from_text(pinned.strip()) == SERVER
+
+
+def test_another_servers_identity_is_not_pinned_over_the_first_and_nothing_is_sent(
+    invite, tmp_path
+):
+    file = invite()
+    join(file, tmp_path / "clinic")
+    (tmp_path / "clinic" / "ca.pem").unlink()
+    other = invite(identity=Identity.generate().public.to_text())
+
+    with pytest.raises(EnrolmentError, match="identity of another server"):
+        join(other, tmp_path / "clinic")
+
+    assert join(file, tmp_path / "clinic").server_identity == SERVER
+
+
+def test_identity_that_was_exchanged_since_the_first_attempt_is_refused(invite, tmp_path):
+    file = invite()
+    join(file, tmp_path / "clinic")
+    (tmp_path / "clinic" / "ca.pem").unlink()
+    (tmp_path / "clinic" / "identity.key").unlink()
+
+    with pytest.raises(EnrolmentError, match="already used by another machine"):
+        join(file, tmp_path / "clinic")
+
+
+def test_identity_of_another_enrolled_box_is_refused(invite, tmp_path):
+    join(invite(), tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    shutil.copy(tmp_path / "first" / "identity.key", tmp_path / "second")
+
+    with pytest.raises(EnrolmentError, match="did not accept this machine's keys"):
+        join(invite(), tmp_path / "second")
+
+    assert not (tmp_path / "second" / "ca.pem").exists()
+
+
+def test_identity_is_encrypted_with_the_key_file_and_stays_so_after_a_failure(invite, tmp_path):
+    (tmp_path / "stick").write_bytes(bytes(range(32)))
+    locked = Protection.key_file(tmp_path / "stick")
+    with pytest.raises(ConnectionFailed):
+        join(invite(server="localhost:1"), tmp_path / "clinic", locked)
+    file = tmp_path / "clinic" / "identity.key"
+
+    with pytest.raises(KeyLocked):
+        join(invite(), tmp_path / "clinic")
+
+    assert join(invite(), tmp_path / "clinic", locked).identity == (
+        load_identity(file, locked).public
+    )
+
+
+def test_identity_that_others_can_read_is_refused_unsent(server, invite, tmp_path):
+    with pytest.raises(ConnectionFailed):
+        join(invite(server="localhost:1"), tmp_path / "clinic")
+    (tmp_path / "clinic" / "identity.key").chmod(0o640)
+
+    with pytest.raises(StorageError, match="chmod 600"):
+        join(invite(), tmp_path / "clinic")
 
 
 def test_invitation_that_expired_here_is_refused_unsent(invite, tmp_path):
@@ -146,16 +248,16 @@ def test_unknown_token_is_refused(invite, tmp_path):
         join(invite(token="x.y"), tmp_path / "clinic")
 
 
-def test_failure_leaves_only_a_key_that_the_next_attempt_uses(server, invite, tmp_path):
+def test_failure_leaves_only_keys_that_the_next_attempt_uses(server, invite, tmp_path):
     with pytest.raises(ConnectionFailed, match="cannot be reached"):
         join(invite(server="localhost:1"), tmp_path / "clinic")
-    (left,) = (tmp_path / "clinic").iterdir()
-    key = left.read_bytes()
+    left = {path.name: path.read_bytes() for path in (tmp_path / "clinic").iterdir()}
 
-    enrolment = join(invite(), tmp_path / "clinic")
+    join(invite(), tmp_path / "clinic")
 
-    assert left.name == "key.pem"
-    assert enrolment.key.read_bytes() == key
+    assert sorted(left) == ["identity.key", "key.pem"]
+    for name, content in left.items():
+        assert (tmp_path / "clinic" / name).read_bytes() == content
 
 
 def test_server_of_another_ca_is_refused(invite, tmp_path):
@@ -193,13 +295,37 @@ def test_what_is_no_json_object_is_refused(tmp_path, text):
         join(tmp_path / "file", tmp_path / "clinic")
 
 
-@pytest.mark.parametrize("schema", [2, None, "1"])
+def test_invitation_of_an_older_release_is_refused_unsent(invite, tmp_path):
+    with pytest.raises(EnrolmentError, match="made by an older release"):
+        join(invite(schema=1, identity=None), tmp_path / "clinic")
+
+    assert not (tmp_path / "clinic").exists()
+
+
+@pytest.mark.parametrize(
+    "identity", ["", "AAAA", "A" * 1668, SERVER.to_text()[:-4], SERVER.to_text() + "A"]
+)
+def test_damaged_identity_of_the_server_is_refused_unsent(invite, tmp_path, identity):
+    with pytest.raises(EnrolmentError, match="is damaged"):
+        join(invite(identity=identity), tmp_path / "clinic")
+
+    assert not (tmp_path / "clinic").exists()
+
+
+def test_changed_federation_in_the_invitation_is_found_by_the_server(invite, tmp_path):
+    with pytest.raises(EnrolmentError, match="did not accept this machine's keys"):
+        join(invite(federation="lung"), tmp_path / "clinic")
+
+
+@pytest.mark.parametrize("schema", [3, None, "1"])
 def test_other_schema_is_refused(invite, tmp_path, schema):
     with pytest.raises(EnrolmentError, match="install the fedpeft version"):
         join(invite(schema=schema), tmp_path / "clinic")
 
 
-@pytest.mark.parametrize("field", ["server", "federation", "clinic", "expires", "token", "ca"])
+@pytest.mark.parametrize(
+    "field", ["server", "federation", "clinic", "expires", "token", "identity", "ca"]
+)
 @pytest.mark.parametrize("value", [None, 7])
 def test_missing_or_odd_fields_are_named(invite, tmp_path, field, value):
     with pytest.raises(EnrolmentError, match=f"lacks a usable '{field}'"):

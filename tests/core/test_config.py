@@ -143,7 +143,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path):
     found = parse("", tmp_path)
     assert found == FederationSettings()
     assert found.adapter == AdapterSettings(rank=8, alpha=16.0, target_modules="all-linear")
-    assert found.rounds == RoundSettings(count=5, minimum_clinics=2)
+    assert found.rounds == RoundSettings(count=5, minimum_clinics=3)
 
 
 def test_target_modules_may_be_listed(tmp_path: Path):

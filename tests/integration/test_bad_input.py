@@ -49,6 +49,7 @@ def federation(tmp_path: Path, train: Path, extra: str = "", base: str = "embedd
     path = tmp_path / "federation.toml"
     path.write_text(
         f'{extra}\n[model]\nbase = "{base}"\n[training]\nlocal_steps = 1\nmax_length = 64\n'
+        '[aggregation]\nconfidentiality = "sealed"\n'
         f"[rounds]\nminimum_clinics = 1\nretries = 0\ncount = 1\n"
         f'[[clinic]]\nname = "a"\ntrain = "{train}"\n'
     )
@@ -69,6 +70,10 @@ def federation(tmp_path: Path, train: Path, extra: str = "", base: str = "embedd
         (["training.learning_rate=nan"], 3, "learning_rate"),
         (["rounds.minimum_clinics=2"], 3, "add clinics or lower the minimum"),
         (["training"], 3, "table.key=value"),
+        (["aggregation.confidentiality=secagg"], 3, "too few for secure aggregation"),
+        (["aggregation.confidentiality=plain"], 3, "aggregation.confidentiality"),
+        (["aggregation.threshold=2"], 3, "aggregation.threshold = 2"),
+        (["aggregation.bits=99"], 3, "aggregation.bits = 99"),
     ],
 )
 def test_bad_configuration(

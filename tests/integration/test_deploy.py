@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 from fedpeft.console import Program
-from fedpeft.errors import ConfigError, EnrolmentError, FlowerPinError
+from fedpeft.errors import ConfigError, EnrolmentError, FlowerPinError, KeyLocked
 from fedpeft_client.cli import program as client
 from fedpeft_server.cli import program as server
 
@@ -27,7 +27,7 @@ def test_the_command_exists_and_lasting_errors_are_not_retried(name: str) -> Non
     assert command[2] in typer.main.get_group(program.app).commands
     lasting = re.search(r"^RestartPreventExitStatus=(.*)$", text, re.MULTILINE)
     assert lasting is not None
-    known = {error.exit_code for error in (ConfigError, EnrolmentError, FlowerPinError)}
+    known = {error.exit_code for error in (ConfigError, EnrolmentError, FlowerPinError, KeyLocked)}
     assert {int(code) for code in lasting[1].split()} <= known
 
 

@@ -1,18 +1,24 @@
+import hashlib
 import json
 import sqlite3
 import stat
 import threading
 import time
+from contextlib import closing
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from fedpeft.errors import EnrolmentError, StorageError
-from fedpeft_server.enrolment import Enrolments, InvitationRefused
+from fedpeft.sealing.identity import Identity
+from fedpeft.sealing.possession import prove_possession
+from fedpeft_server.enrolment import SCHEMA_VERSION, Enrolments, InvitationRefused
 
 HOUR_S = 3600.0
 BASE = "f" * 64
+SERVER = Identity.generate().public
 
 
 def public_pem(key) -> str:
@@ -30,13 +36,24 @@ def new_key() -> str:
 @pytest.fixture
 def enrolments(tmp_path) -> Enrolments:
     return Enrolments(
-        tmp_path / "enrolment.db", federation="heart", server="fl.example:8443", ca_pem="CA"
+        tmp_path / "enrolment.db",
+        federation="heart",
+        server="fl.example:8443",
+        ca_pem="CA",
+        identity=SERVER,
     )
 
 
-def refusal_of(enrolments, token, key=None, now=None) -> str:
+def redeem(enrolments, token, key, identity=None, now=None) -> str:
+    """Enrol as an honest clinic does."""
+    identity = identity or Identity.generate()
+    proof = prove_possession(identity, federation="heart", token=token, public_key_pem=key)
+    return enrolments.redeem(token, key, identity.public.to_text(), proof, now)
+
+
+def refusal_of(enrolments, token, key=None, identity=None, now=None) -> str:
     with pytest.raises(InvitationRefused) as caught:
-        enrolments.redeem(token, key or new_key(), now)
+        redeem(enrolments, token, key or new_key(), identity, now)
     return caught.value.refusal
 
 
@@ -47,11 +64,12 @@ def test_invitation_file_holds_what_a_clinic_needs(enrolments, tmp_path):
     token = document.pop("token")
     expires = document.pop("expires")
     assert document == {
-        "schema": 1,
+        "schema": 2,
         "server": "fl.example:8443",
         "federation": "heart",
         "clinic": "St.Anna",
         "base_model": BASE,
+        "identity": SERVER.to_text(),
         "ca": "CA",
     }
     assert len(token) > 40
@@ -78,8 +96,8 @@ def test_token_appears_neither_in_the_database_nor_in_a_repr(enrolments, tmp_pat
 def test_redeeming_enrols_the_clinic(enrolments):
     key = new_key()
 
-    name = enrolments.redeem(
-        enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, key
+    name = redeem(
+        enrolments, enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, key
     )
 
     assert name == "anna"
@@ -89,17 +107,105 @@ def test_redeeming_enrols_the_clinic(enrolments):
 
 def test_token_works_for_one_key_only(enrolments):
     token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
-    enrolments.redeem(token, new_key())
+    redeem(enrolments, token, new_key())
 
     assert refusal_of(enrolments, token) == "used"
 
 
-def test_repeating_with_the_same_key_is_answered_again(enrolments):
+def test_repeating_with_the_same_keys_is_answered_again(enrolments):
     token, key = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
-    enrolments.redeem(token, key)
+    identity = Identity.generate()
+    redeem(enrolments, token, key, identity)
 
-    assert enrolments.redeem(token, key) == "anna"
+    assert redeem(enrolments, token, key, identity) == "anna"
     assert len(enrolments.clinics()) == 1
+
+
+def test_repeating_with_another_identity_is_refused_and_changes_nothing(enrolments):
+    token, key = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
+    identity = Identity.generate()
+    redeem(enrolments, token, key, identity)
+
+    assert refusal_of(enrolments, token, key) == "used"
+    assert refusal_of(enrolments, token, new_key(), identity) == "used"
+    assert [clinic.identity for clinic in enrolments.clinics()] == [identity.public]
+
+
+def honest(enrolments, **changed) -> dict[str, Any]:
+    """Return what an honest clinic sends, but for ``changed``, which the proof does not cover."""
+    token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+    identity, key = Identity.generate(), new_key()
+    proof = prove_possession(identity, federation="heart", token=token, public_key_pem=key)
+    sent = {"token": token, "public_key_pem": key, "proof": proof}
+    return {**sent, "identity_text": identity.public.to_text(), **changed}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"proof": ""},
+        {"proof": "no hex"},
+        {"proof": "ü"},
+        {"proof": "00" * 64},
+        {"proof": "00" * 63},
+        {"public_key_pem": new_key()},
+        {"identity_text": Identity.generate().public.to_text()},
+    ],
+)
+def test_wrong_proof_is_refused_and_the_token_stays_good(enrolments, changed):
+    sent = honest(enrolments, **changed)
+
+    with pytest.raises(EnrolmentError, match="did not prove"):
+        enrolments.redeem(**sent)
+    assert redeem(enrolments, sent["token"], new_key()) == "anna"
+
+
+def test_proof_of_another_federation_is_refused(enrolments, tmp_path):
+    sent = honest(enrolments)
+    other = Enrolments(
+        tmp_path / "enrolment.db", federation="lung", server="s:1", ca_pem="CA", identity=SERVER
+    )
+
+    with pytest.raises(EnrolmentError, match="did not prove"):
+        other.redeem(**sent)
+
+
+def test_identity_and_proof_that_were_overheard_do_not_fit_another_token(enrolments):
+    sent = honest(enrolments)
+    enrolments.redeem(**sent)
+    other = enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
+
+    with pytest.raises(EnrolmentError, match="did not prove"):
+        enrolments.redeem(**{**sent, "token": other, "public_key_pem": new_key()})
+    assert redeem(enrolments, other, new_key()) == "bert"
+
+
+@pytest.mark.parametrize("text", ["", "ü", "AAAA", "A" * 1668, SERVER.to_text()[:-4]])
+def test_what_is_no_identity_is_refused(enrolments, text):
+    with pytest.raises(EnrolmentError, match="not a public identity"):
+        enrolments.redeem(**honest(enrolments, identity_text=text))
+
+
+def test_identity_of_another_clinic_is_refused_and_the_token_stays_good(enrolments):
+    identity = Identity.generate()
+    first = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+    redeem(enrolments, first, new_key(), identity)
+    token = enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
+
+    with pytest.raises(EnrolmentError, match="already belong"):
+        redeem(enrolments, token, new_key(), identity)
+    assert redeem(enrolments, token, new_key()) == "bert"
+
+
+def test_signing_key_of_another_clinic_is_refused_in_a_new_identity_too(enrolments):
+    identity = Identity.generate()
+    half_new = Identity(identity.seeds[:32] + Identity.generate().seeds[32:])
+    first = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+    redeem(enrolments, first, new_key(), identity)
+    token = enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
+
+    with pytest.raises(EnrolmentError, match="already belong"):
+        redeem(enrolments, token, new_key(), half_new)
 
 
 def test_token_expires(enrolments):
@@ -116,12 +222,12 @@ def test_wrong_token_is_unknown_and_leaves_the_right_one_good(enrolments, change
     token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
 
     assert refusal_of(enrolments, change(token)) == "unknown"
-    assert enrolments.redeem(token, new_key()) == "anna"
+    assert redeem(enrolments, token, new_key()) == "anna"
 
 
 def test_wrong_secret_learns_nothing_of_a_used_or_expired_token(enrolments):
     used = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
-    enrolments.redeem(used, new_key())
+    redeem(enrolments, used, new_key())
 
     assert refusal_of(enrolments, used[:-2] + "xx") == "unknown"
 
@@ -139,7 +245,7 @@ def test_one_of_many_concurrent_redemptions_wins(enrolments):
     def attempt(key: str) -> None:
         together.wait()
         try:
-            outcomes.append(enrolments.redeem(token, key))
+            outcomes.append(redeem(enrolments, token, key))
         except InvitationRefused as error:
             outcomes.append(error.refusal)
 
@@ -158,12 +264,12 @@ def test_newer_invitation_replaces_the_older(enrolments):
     newer = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
 
     assert refusal_of(enrolments, older) == "unknown"
-    assert enrolments.redeem(newer, new_key()) == "anna"
+    assert redeem(enrolments, newer, new_key()) == "anna"
 
 
 def test_name_of_an_enrolled_clinic_is_refused_until_removed(enrolments):
-    enrolments.redeem(
-        enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
+    redeem(
+        enrolments, enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
     )
 
     with pytest.raises(EnrolmentError, match="already enrolled"):
@@ -171,8 +277,8 @@ def test_name_of_an_enrolled_clinic_is_refused_until_removed(enrolments):
     enrolments.remove("anna")
 
     assert enrolments.clinics() == []
-    assert enrolments.redeem(
-        enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
+    assert redeem(
+        enrolments, enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
     )
 
 
@@ -183,12 +289,12 @@ def test_removing_a_stranger_is_an_error(enrolments):
 
 def test_key_of_another_clinic_is_refused_and_the_token_stays_good(enrolments):
     key = new_key()
-    enrolments.redeem(enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, key)
+    redeem(enrolments, enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, key)
     token = enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
 
-    with pytest.raises(EnrolmentError, match="already belongs"):
-        enrolments.redeem(token, key)
-    assert enrolments.redeem(token, new_key()) == "bert"
+    with pytest.raises(EnrolmentError, match="already belong"):
+        redeem(enrolments, token, key)
+    assert redeem(enrolments, token, new_key()) == "bert"
 
 
 @pytest.mark.parametrize(
@@ -204,8 +310,8 @@ def test_what_is_no_p384_key_is_refused(enrolments, key):
     token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
 
     with pytest.raises(EnrolmentError, match="key"):
-        enrolments.redeem(token, key)
-    assert enrolments.redeem(token, new_key()) == "anna"
+        redeem(enrolments, token, key)
+    assert redeem(enrolments, token, new_key()) == "anna"
 
 
 @pytest.mark.parametrize("name", ["", " anna", "a\nb", "a/b", "x" * 65, "'; DROP TABLE clinics"])
@@ -221,8 +327,8 @@ def test_period_must_be_positive(enrolments, period_s):
 
 
 def test_node_id_of_64_bits_survives(enrolments):
-    enrolments.redeem(
-        enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
+    redeem(
+        enrolments, enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
     )
 
     enrolments.set_node_id("anna", 2**64 - 1)
@@ -234,10 +340,10 @@ def test_file_persists_with_mode_600_and_a_schema_version(enrolments, tmp_path):
     token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
     path = tmp_path / "enrolment.db"
 
-    again = Enrolments(path, federation="heart", server="s:1", ca_pem="CA")
+    again = Enrolments(path, federation="heart", server="s:1", ca_pem="CA", identity=SERVER)
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert again.redeem(token, new_key()) == "anna"
+    assert redeem(again, token, new_key()) == "anna"
 
 
 def test_newer_schema_is_refused(enrolments, tmp_path):
@@ -246,11 +352,101 @@ def test_newer_schema_is_refused(enrolments, tmp_path):
     database.close()
 
     with pytest.raises(StorageError, match="schema 99"):
-        Enrolments(tmp_path / "enrolment.db", federation="f", server="s:1", ca_pem="CA")
+        Enrolments(
+            tmp_path / "enrolment.db", federation="f", server="s:1", ca_pem="CA", identity=SERVER
+        )
 
 
 def test_foreign_file_is_refused(tmp_path):
     (tmp_path / "enrolment.db").write_bytes(b"this is no database at all" * 10)
 
     with pytest.raises(StorageError, match="cannot be used"):
-        Enrolments(tmp_path / "enrolment.db", federation="f", server="s:1", ca_pem="CA")
+        Enrolments(
+            tmp_path / "enrolment.db", federation="f", server="s:1", ca_pem="CA", identity=SERVER
+        )
+
+
+SCHEMA_1 = """
+CREATE TABLE invitations (
+    id TEXT PRIMARY KEY,
+    token_sha256 BLOB NOT NULL,
+    name TEXT NOT NULL UNIQUE,
+    expires_at REAL NOT NULL,
+    used_at REAL,
+    used_key TEXT
+) STRICT;
+CREATE TABLE clinics (
+    name TEXT PRIMARY KEY,
+    public_key TEXT NOT NULL UNIQUE,
+    node_id TEXT,
+    enrolled_at REAL NOT NULL
+) STRICT;
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    """A file of the release before sealing: two clinics and an invitation that is not used."""
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(SCHEMA_1)
+        for name in ("anna", "bert"):
+            row = (f"id-{name}", bytes(32), name, 1e12, 1.0, f"key of {name}")
+            database.execute("INSERT INTO invitations VALUES (?, ?, ?, ?, ?, ?)", row)
+            row = (name, f"key of {name}", str(2**64 - 1), 1.0)
+            database.execute("INSERT INTO clinics VALUES (?, ?, ?, ?)", row)
+        token = (hashlib.sha256(b"secret").digest(), "carl", 1e12)
+        database.execute("INSERT INTO invitations VALUES ('id-carl', ?, ?, ?, NULL, NULL)", token)
+        database.commit()
+    return path
+
+
+def opened(path) -> Enrolments:
+    return Enrolments(path, federation="heart", server="s:1", ca_pem="CA", identity=SERVER)
+
+
+def test_file_of_schema_1_keeps_its_clinics_which_must_enrol_again(old_file):
+    enrolments = opened(old_file)
+
+    assert [(each.name, each.identity) for each in enrolments.clinics()] == [
+        ("anna", None),
+        ("bert", None),
+    ]
+    assert enrolments.clinics()[0].node_id == 2**64 - 1
+    assert enrolments.members() == []
+    enrolments.remove("anna")
+    token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+    redeem(enrolments, token, new_key())
+    assert [each.name for each in enrolments.members()] == ["anna"]
+
+
+def test_file_of_schema_1_keeps_its_open_invitations(old_file):
+    assert redeem(opened(old_file), "id-carl.secret", new_key()) == "carl"
+
+
+def test_file_is_brought_up_once_and_like_a_new_one(old_file, tmp_path):
+    def structure(path):
+        with closing(sqlite3.connect(path)) as database:
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            return version, sorted(database.execute("SELECT type, name, sql FROM sqlite_master"))
+
+    for _ in range(2):
+        opened(old_file)
+    opened(tmp_path / "new.db")
+
+    assert structure(old_file) == structure(tmp_path / "new.db")
+    assert structure(old_file)[0] == SCHEMA_VERSION
+
+
+def test_migration_that_fails_leaves_the_file_as_it_was(old_file):
+    with closing(sqlite3.connect(old_file)) as database:
+        database.execute("CREATE TABLE clinics_signing_key (x)")  # takes the index's name
+        database.commit()
+
+    with pytest.raises(StorageError, match="cannot be used"):
+        opened(old_file)
+
+    with closing(sqlite3.connect(old_file)) as database:
+        assert database.execute("PRAGMA user_version").fetchone()[0] == 1
+        assert len(database.execute("SELECT * FROM clinics").fetchone()) == 4

@@ -12,6 +12,7 @@ import torch
 from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec, load_adapter
 from fedpeft.config import AdapterSettings, FederationSettings
 from fedpeft.errors import AdapterError, StorageError
+from fedpeft_server.collection import ConfidentialityRecord
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
 
 BASE = "a" * 64
@@ -199,7 +200,7 @@ def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path):
 
 
 def test_waiting_and_retries_may_change_when_a_run_goes_on(run: RunDirectory, tmp_path: Path):
-    rounds = {"count": 3, "timeout_s": 5.0, "retries": 9, "minimum_clinics": 1}
+    rounds = {"count": 3, "timeout_s": 5.0, "retries": 9, "minimum_clinics": 4}
     assert run_in(tmp_path, altered(rounds=rounds)).open(BASE) == 1
 
 
@@ -226,9 +227,23 @@ def test_records_come_back_as_they_were(run: RunDirectory):
     ]
 
 
+SECAGG: dict[str, Any] = {
+    "mode": "secagg",
+    "threshold": 3,
+    "survivors": 4,
+    "bits": 16,
+    "wire_bytes_per_coordinate": 2.25,
+    "limit": 8.0,
+    "clipped": 0,
+    "next_limit": 4.0,
+}
+
+
 def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
     failed = (FailedClinic(clinic="west", reason="not-finite"),)
-    run.save_round(record(2, failed=failed, per_clinic={"north": 2.5}), state(2))
+    seen = ConfidentialityRecord(**SECAGG)
+    last = record(2, failed=failed, per_clinic={"north": 2.5}, confidentiality=seen)
+    run.save_round(last, state(2))
     summary = json.loads((run.path / "summary.json").read_text())
     peak = summary.pop("peak_rss_mb")
     assert isinstance(peak, float)
@@ -249,6 +264,7 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
                 "bytes_up": 10 * number,
                 "bytes_down": 20 * number,
                 "seconds": 1.5,
+                "confidentiality": SECAGG if number == 2 else None,
             }
             for number in (1, 2)
         ],
@@ -260,9 +276,24 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
                 "south": {"base": 3.5, "final": 2.5},
             },
         },
+        "confidentiality": {
+            "mode": "secagg",
+            "threshold": 3,
+            "survivors": 4,
+            "bits": 16,
+            "wire_bytes_per_coordinate": 2.25,
+        },
         "exact_match": None,
         "privacy": None,
     }
+
+
+def test_a_round_of_the_first_release_keeps_loading(run: RunDirectory):
+    path = run.path / "rounds" / "1" / "round.json"
+    content = json.loads(path.read_text())
+    del content["confidentiality"]
+    path.write_text(json.dumps(content))
+    assert run.records() == [record(0), record(1)]
 
 
 def test_a_run_without_validation_has_no_losses(tmp_path: Path):

@@ -26,6 +26,8 @@ from flwr.serverapp import ServerApp
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
 
 from fedpeft.errors import ConnectionFailed, FederationError, PortInUse, StorageError
+from fedpeft.sealing.identity import Identity, PublicIdentity
+from fedpeft.sealing.possession import prove_possession
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.pki import Authority, create_authority
 from fedpeft_server.public_door import FLEET_PATHS, RateLimiter
@@ -49,9 +51,25 @@ def authority(tmp_path_factory) -> Authority:
     return create_authority(tmp_path_factory.mktemp("pki") / "pki", "localhost:1")
 
 
+def enrolling(token: str) -> dict[str, str]:
+    """Return what a new clinic sends to enrol."""
+    identity, key = Identity.generate(), new_key()
+    proof = prove_possession(identity, federation="heart", token=token, public_key_pem=key)
+    return {
+        "token": token,
+        "public_key": key,
+        "identity": identity.public.to_text(),
+        "proof": proof,
+    }
+
+
 def enrolments_in(directory: Path, authority: Authority) -> Enrolments:
     return Enrolments(
-        directory / "enrolment.db", federation="heart", server="s:1", ca_pem=authority.ca_pem()
+        directory / "enrolment.db",
+        federation="heart",
+        server="s:1",
+        ca_pem=authority.ca_pem(),
+        identity=Identity.generate().public,
     )
 
 
@@ -83,8 +101,10 @@ def tmp_path(tmp_path, link) -> Path:
 
 @pytest.fixture(scope="module")
 def member(link) -> str:
-    key = new_key()
-    link._enrol(link._enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, key)
+    token = link._enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+    sent = enrolling(token)
+    link._enrol(**sent)
+    key = sent["public_key"]
     return base64.b64encode(key.encode()).decode()
 
 
@@ -254,28 +274,51 @@ def test_honest_reply_gets_as_far_as_the_signature_check(call, member):
 def test_enrolling_answers_who_one_is_and_registers_the_node(link, call, fresh_limit):
     token = link._enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
 
-    status, answer = enrol(call, token=token, public_key=new_key())
+    sent = enrolling(token)
+
+    status, answer = enrol(call, **sent)
 
     assert (status, answer) == (200, {"clinic": "bert", "federation": "heart"})
-    assert "bert" in link.names().values()
+    node = next(node for node, name in link.names().items() if name == "bert")
+    assert link.identities()[node] == PublicIdentity.from_text(sent["identity"])
+    assert link.identities().keys() == link.names().keys()
     assert "bert" not in link.connected().values()
 
 
 def test_enrolment_refusals_are_told_apart(link, call, fresh_limit):
     used = link._enrolments.create_invitation("carl", HOUR_S, fingerprint=BASE).token
-    enrol(call, token=used, public_key=new_key())
+    enrol(call, **enrolling(used))
     expired = link._enrolments.create_invitation("dora", 0.001, fingerprint=BASE).token
     time.sleep(0.01)
 
-    assert enrol(call, token="x.y", public_key=new_key()) == (403, {"reason": "unknown"})
-    assert enrol(call, token=used, public_key=new_key()) == (409, {"reason": "used"})
-    assert enrol(call, token=expired, public_key=new_key()) == (410, {"reason": "expired"})
-    assert enrol(call, token="x.y", public_key="none") == (400, {"reason": "bad-key"})
+    assert enrol(call, **enrolling("x.y")) == (403, {"reason": "unknown"})
+    assert enrol(call, **enrolling(used)) == (409, {"reason": "used"})
+    assert enrol(call, **enrolling(expired)) == (410, {"reason": "expired"})
+
+
+@pytest.mark.parametrize(
+    "changed", [{"public_key": "none"}, {"identity": "none"}, {"proof": "none"}]
+)
+def test_key_identity_or_proof_that_is_none_is_refused(call, fresh_limit, changed):
+    sent = {**enrolling("x.y"), **changed}
+
+    assert enrol(call, **sent) == (400, {"reason": "bad-key"})
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b"null", b"{}", b"\xff", b"[" * 5000, b'{"token": 1, "public_key": "x"}'],
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff",
+        b"[" * 5000,
+        b'{"token": "x.y", "public_key": "x"}',
+        b'{"token": 1, "public_key": "x", "identity": "x", "proof": "x"}',
+        b'{"token": "x.y", "public_key": "x", "identity": null, "proof": "x"}',
+        b'{"token": "x.y", "public_key": "x", "identity": "x", "proof": ["x"]}',
+    ],
 )
 def test_malformed_enrolment_is_a_bad_request(call, fresh_limit, body):
     assert call("POST", "/v1/enrol", body)[0] == 400
@@ -288,7 +331,7 @@ def test_oversized_enrolment_is_refused(call, fresh_limit):
 def test_enrolment_is_rate_limited_for_one_source(link, call, monkeypatch):
     monkeypatch.setattr(link._listener._server.config.app, "_limiter", RateLimiter(2, 60))
 
-    statuses = [enrol(call, token="x.y", public_key=new_key())[0] for _ in range(4)]
+    statuses = [enrol(call, **enrolling("x.y"))[0] for _ in range(4)]
 
     assert statuses == [403, 403, 429, 429]
     assert call("GET", "/health")[0] == 200
@@ -375,7 +418,7 @@ def test_restart_keeps_nodes_and_makes_a_new_run(tmp_path, authority):
     enrolments = enrolments_in(tmp_path, authority)
     token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
     with SuperLink(settings_in(tmp_path), authority, enrolments) as first:
-        first._enrol(token, new_key())
+        first._enrol(**enrolling(token))
         names, run_id = first.names(), first.grid.run.run_id
 
     with SuperLink(settings_in(tmp_path), authority, enrolments) as second:
@@ -387,12 +430,32 @@ def test_clinic_whose_registration_was_cut_short_gets_its_node_at_the_next_start
     tmp_path, authority
 ):
     enrolments = enrolments_in(tmp_path, authority)
-    enrolments.redeem(
-        enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token, new_key()
-    )
+    sent = enrolling(enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token)
+    enrolments.redeem(sent["token"], sent["public_key"], sent["identity"], sent["proof"])
 
     with SuperLink(settings_in(tmp_path), authority, enrolments) as link:
         assert list(link.names().values()) == ["anna"]
+
+
+def test_clinic_without_an_identity_is_turned_away_and_not_counted(tmp_path, authority):
+    enrolments = enrolments_in(tmp_path, authority)
+    token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+    sent = enrolling(token)
+    with SuperLink(settings_in(tmp_path), authority, enrolments) as link:
+        link._enrol(**sent)
+    with closing(sqlite3.connect(tmp_path / "enrolment.db")) as database:
+        # As the release before sealing left it.
+        database.execute("UPDATE clinics SET identity = NULL")
+        database.commit()
+
+    with SuperLink(settings_in(tmp_path), authority, enrolments) as link:
+        key = base64.b64encode(sent["public_key"].encode()).decode()
+        status, content = Caller(link, authority)(
+            "POST", "/v1/fleet/pull-messages", Flwr_Public_Key=key, Content_Type=PROTOBUF
+        )
+        assert (link.names(), link.identities(), link.connected()) == ({}, {}, {})
+
+    assert (status, json.loads(content)) == (401, {"reason": "not-enrolled"})
 
 
 def test_stopping_takes_seconds_and_leaves_no_thread(tmp_path, authority):

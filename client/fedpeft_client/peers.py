@@ -1,0 +1,187 @@
+"""Who the other clinics are, as this box has seen them: trust on first use.
+
+Their signing keys come in lists from the server. A server that made clinics up,
+or stood between two, would have to show other keys than before; the keys of the
+first time are kept, and a person decides about a change.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+from fedpeft.config import NAME_PATTERN
+from fedpeft.errors import EnrolmentError, StorageError, UnknownPeer
+from fedpeft.storage import explained, write_atomically
+
+SCHEMA: Final = 1
+KEY_BYTES: Final = 32
+_NAME: Final = re.compile(NAME_PATTERN)
+
+
+def key_fingerprint(key: bytes) -> str:
+    """Return the first 16 bytes of a signing key's SHA-256 as ``ab12-cd34-...``.
+
+    Not the fingerprint of an identity, as other clinics are shown this key alone.
+    """
+    text = hashlib.sha256(key).hexdigest()[:32]
+    return "-".join(text[at : at + 4] for at in range(0, len(text), 4))
+
+
+class PeerBook:
+    """The signing keys of other clinics by name, in one file of mode 600.
+
+    Every call reads the file afresh, so that ``fedpeft-client peers --forget``
+    takes effect on a client that is running.
+    """
+
+    def __init__(self, path: Path | None, *, accept_new: bool) -> None:
+        """Use the book at ``path``, which need not exist.
+
+        Args:
+            path: of the file; None: nothing outlives this object.
+            accept_new: whether a clinic that was never seen is pinned, not refused.
+        """
+        self._path = path
+        self._accept_new = accept_new
+        self._in_memory: dict[str, bytes] = {}
+
+    def admit(self, peers: Mapping[str, bytes]) -> list[str]:
+        """Compare keys with those that were pinned, and pin the new ones: all or none.
+
+        The new ones are on the disk before this returns.
+
+        Args:
+            peers: clinic name to Ed25519 public key, 32 bytes.
+
+        Returns:
+            The names that are pinned from now on, sorted.
+
+        Raises:
+            UnknownPeer: a key differs from the pinned one, is new where none may be,
+                is another clinic's, or a name or key is none.
+            StorageError: the file is damaged or cannot be written.
+        """
+        with self._locked():
+            pinned = self._read()
+            for name, key in sorted(peers.items()):
+                self._check(name, key, pinned)
+            new = sorted(peers.keys() - pinned.keys())
+            together = {**pinned, **peers}
+            _require_distinct(together)
+            if new:
+                self._write(together)
+        return new
+
+    def known(self) -> dict[str, str]:
+        """Return name and key fingerprint of all pinned clinics, by name.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        return {name: key_fingerprint(key) for name, key in sorted(self._read().items())}
+
+    def forget(self, name: str) -> None:
+        """Unpin a clinic: it counts as never seen.
+
+        Raises:
+            EnrolmentError: no clinic of that name is pinned.
+            StorageError: the file is damaged or cannot be written.
+        """
+        with self._locked():
+            pinned = self._read()
+            if pinned.pop(name, None) is None:
+                raise EnrolmentError(
+                    f"this box has pinned no clinic named {name!r}: "
+                    "fedpeft-client peers DIR lists the names"
+                )
+            self._write(pinned)
+
+    def _check(self, name: str, key: bytes, pinned: Mapping[str, bytes]) -> None:
+        if not _NAME.fullmatch(name) or len(key) != KEY_BYTES:
+            raise UnknownPeer(
+                f"the server names a clinic {name!r:.80} whose name or key is none: the update "
+                "stays here; tell the central site"
+            )
+        if name not in pinned and not self._accept_new:
+            raise UnknownPeer(
+                f"this box has never seen the clinic {name} and aggregation.new_peers is "
+                f'"refuse": its fingerprint is {key_fingerprint(key)}; compare it with that '
+                'clinic by telephone, and start once with "accept" if it is right'
+            )
+        if pinned.get(name, key) != key:
+            raise UnknownPeer(
+                f"the key of the clinic {name} has changed since this box first saw it, from "
+                f"{key_fingerprint(pinned[name])} to {key_fingerprint(key)}: compare "
+                "fingerprints with that clinic by telephone, and if the new one is right, run "
+                f"`fedpeft-client peers DIR --forget {name}`"
+            )
+
+    def _read(self) -> dict[str, bytes]:
+        if self._path is None:
+            return dict(self._in_memory)
+        with explained("read", self._path):
+            try:
+                content = self._path.read_bytes()
+            except FileNotFoundError:
+                return {}
+        return _parse(content, self._path)
+
+    def _write(self, pinned: Mapping[str, bytes]) -> None:
+        if self._path is None:
+            self._in_memory = dict(pinned)
+            return
+        keys = {name: key.hex() for name, key in sorted(pinned.items())}
+        text = json.dumps({"schema": SCHEMA, "peers": keys}, indent=2)
+        write_atomically(self._path, f"{text}\n".encode("ascii"), mode=0o600)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        """Keep a client that is running and a person's ``--forget`` from undoing each other."""
+        if self._path is None:
+            yield
+            return
+        # The folder, as the file itself is replaced by every change.
+        with explained("read", self._path.parent):
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _require_distinct(keys: Mapping[str, bytes]) -> None:
+    owners: dict[bytes, str] = {}
+    for name, key in sorted(keys.items()):
+        if key in owners:
+            raise UnknownPeer(
+                f"the server names {owners[key]} and {name} with one and the same key: the update "
+                "stays here; ask both clinics by telephone, and if one of them is no more, run "
+                "`fedpeft-client peers DIR --forget NAME`"
+            )
+        owners[key] = name
+
+
+def _parse(content: bytes, path: Path) -> dict[str, bytes]:
+    try:
+        document: Any = json.loads(content)
+        if document["schema"] != SCHEMA:
+            raise ValueError
+        keys = {
+            name: bytes.fromhex(text)
+            for name, text in cast("dict[str, str]", document["peers"]).items()
+        }
+        if any(not _NAME.fullmatch(name) or len(key) != KEY_BYTES for name, key in keys.items()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StorageError(
+            f"{path} is damaged or of another release, so other clinics cannot be recognised: "
+            "restore it from the backup, or delete it and compare their fingerprints anew"
+        ) from None
+    return keys

@@ -1,0 +1,94 @@
+"""What a box last took part in, for the people who look after it.
+
+The running client writes it, and ``fedpeft-client status`` reads it; no record and
+no secret is in it.
+"""
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fedpeft.errors import StorageError
+from fedpeft.protocol import Job
+from fedpeft.storage import write_atomically
+from fedpeft_client.clinic import Clinic
+from fedpeft_client.settings import ConfidentialitySettings
+
+if TYPE_CHECKING:
+    from fedpeft_client.box import Box
+
+SCHEMA: Final = 1
+MODES: Final = {
+    "secagg": "secure aggregation: the server learns sums over clinics only",
+    "sealed": "sealed: encrypted on the way, and the server opens each clinic's update",
+}
+
+
+class StatusFile:
+    """One small JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def saw(self, _clinic: Clinic, job: Job) -> None:
+        """Note a job that the clinic accepted.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        content = {
+            "schema": SCHEMA,
+            "federation": job.federation,
+            "round": job.round,
+            "rounds": job.rounds,
+            "confidentiality": job.aggregation.confidentiality,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        write_atomically(self._path, (json.dumps(content, indent=2) + "\n").encode(), mode=0o600)
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was noted last; None if nothing was.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        try:
+            return json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            raise StorageError(
+                f"{self._path} cannot be read: remove it, the next round writes it anew"
+            ) from None
+
+
+def status_lines(box: "Box") -> list[str]:
+    """Return a line for each thing that there is to say about a box.
+
+    Raises:
+        StorageError, SealingError: a file of the box is damaged.
+    """
+    settings, last = box.settings, box.status.read()
+    return [
+        f"clinic\t{settings.clinic} in federation {settings.server.federation}, server "
+        f"{settings.server.address}",
+        f"demands\t{_demands(settings.aggregation)}",
+        f"last job\t{_last(last)}",
+        f"server\tfingerprint {box.server_identity.fingerprint}",
+        f"peers\t{len(box.peers.known())} other clinics seen (fedpeft-client peers)",
+    ]
+
+
+def _demands(demanded: ConfidentialitySettings) -> str:
+    if not demanded.require_secagg:
+        return f"none (require_secagg = false), so also {MODES['sealed']}"
+    server = "lies to clinics" if demanded.adversary == "active" else "keeps to the protocol"
+    return f"{MODES['secagg']}, even if it {server}"
+
+
+def _last(last: dict[str, Any] | None) -> str:
+    if last is None:
+        return "none yet"
+    mode = MODES.get(str(last.get("confidentiality")), "unknown")
+    return f"round {last.get('round')} of {last.get('rounds')}, {last.get('time')}, {mode}"

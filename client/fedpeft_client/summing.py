@@ -1,0 +1,149 @@
+"""A clinic's part in secure sums: one session at a time, begun with an update or a score.
+
+Glue between what a clinic computed and the protocol (``fedpeft.secagg``): which
+numbers are summed, and when a further sum would tell too much.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import AlreadyAggregated, OutOfOrder, WrongContext
+from fedpeft.protocol import EVALUATE, TRAIN, SumTerms
+from fedpeft.protocol.sums import INTEGERS, fixed_point, model_digest
+from fedpeft.sealing import Context
+from fedpeft.secagg import (
+    STAGES,
+    AdmitPeers,
+    ClinicSession,
+    Layout,
+    Quantiser,
+    Session,
+    State,
+    masked_vector,
+)
+from fedpeft_client.clinic import Clinic
+from fedpeft_client.work import Assignment, Measured, Trained
+
+
+@dataclass(frozen=True)
+class _Contribution:
+    """Values float32 (coordinates,), their weight in rows, and integers, to be masked."""
+
+    values: NDArray[np.float32]
+    weight: int
+    integers: Mapping[str, int]
+    terms: SumTerms
+
+    def masked(self, clinics: int, add: Sequence[bytes], subtract: Sequence[bytes]) -> bytes:
+        layout = Layout(self.values.size, INTEGERS, self.terms.bits, clinics)
+        quantiser = Quantiser(self.terms.bits, self.terms.limit)
+        masked, _ = masked_vector(
+            self.values, self.weight, self.integers, quantiser, layout, add, subtract
+        )
+        return masked
+
+
+class SecureSums:
+    """The sessions of the clinics in this process, by clinic name."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, tuple[Context, ClinicSession]] = {}
+        self._finished: set[tuple[str, int, str, int]] = set()
+
+    def require_new(self, clinic: Clinic, context: Context, kind: str) -> None:
+        """Check, before any work is done, that a sum of this round was not opened already.
+
+        Two sums of one round over different clinics differ by a single update.
+
+        Raises:
+            AlreadyAggregated: it was.
+        """
+        if (clinic.name, context.run, kind, context.round) in self._finished:
+            raise AlreadyAggregated(
+                f"the server asks again for round {context.round}, whose sum this clinic has "
+                "already helped to open: a second sum could show single updates; start the "
+                "server's run again if the round was lost there"
+            )
+
+    def begin(
+        self,
+        clinic: Clinic,
+        context: Context,
+        assignment: Assignment,
+        outcome: Trained | Measured,
+        admit: AdmitPeers,
+    ) -> bytes:
+        """Open a session with what the clinic computed, and return its keys for the server."""
+        kind = TRAIN if isinstance(outcome, Trained) else EVALUATE
+        job = assignment.job
+        session = Session(
+            federation=clinic.federation,
+            run=context.run,
+            round=context.round,
+            attempt=context.attempt,
+            kind=kind,
+            model=model_digest(job, assignment.adapter),
+        )
+        self.forget(clinic.name)
+        opened = ClinicSession(
+            session,
+            clinic.name,
+            clinic.membership.identity,
+            _contribution(outcome, job.aggregation),
+            adversary=clinic.aggregation.adversary,
+            admit=admit,
+        )
+        self._sessions[clinic.name] = context, opened
+        return opened.receive(STAGES[0], b"")
+
+    def go_on(self, clinic: Clinic, context: Context, stage: str, data: bytes) -> bytes:
+        """Answer a later request of the session.
+
+        Raises:
+            OutOfOrder: this clinic has no session, or another stage is due.
+            WrongContext: the request belongs to another session.
+            AggregationRefused: it must not be answered; the session is over.
+        """
+        if clinic.name not in self._sessions:
+            raise OutOfOrder(
+                "the server goes on with a secure sum that this clinic did not begin, or lost when "
+                "it was restarted: nothing is answered"
+            )
+        begun, session = self._sessions[clinic.name]
+        kind, number, attempt = session.session.kind, begun.round, begun.attempt
+        same = (number, attempt, begun.run, begun.schema, kind) == (
+            context.round,
+            context.attempt,
+            context.run,
+            context.schema,
+            context.purpose.split(".")[0],
+        )
+        if not same:
+            raise WrongContext(
+                "a message of the server belongs to another secure sum than the present one: it "
+                "is not used"
+            )
+        answer = session.receive(stage, data)
+        if session.state is State.UNMASKED:
+            self._finished.add((clinic.name, context.run, kind, context.round))
+        return answer
+
+    def forget(self, name: str) -> None:
+        """End the clinic's session, if there is one, and forget its secrets."""
+        if name in self._sessions:
+            self._sessions.pop(name)[1].end()
+
+
+def _contribution(outcome: Trained | Measured, terms: SumTerms) -> _Contribution:
+    integers = {
+        "num-examples": outcome.rows,
+        "nll": fixed_point(outcome.nll),
+        "tokens": outcome.tokens,
+    }
+    if isinstance(outcome, Trained):
+        values = outcome.update.values.float().numpy()
+        return _Contribution(values, outcome.rows, integers, terms)
+    return _Contribution(np.zeros(0, np.float32), 1, integers, terms)
