@@ -18,7 +18,14 @@ def client_of(simulation: int, clinic: str) -> psutil.Process:
 
 
 def test_a_hanging_and_a_killed_clinic_are_named_and_the_others_finish(tmp_path: Path) -> None:
-    settings = ("training.local_steps=2", "rounds.count=2", "rounds.timeout_s=15")
+    # Of four clinics secure aggregation cannot lose two (see test_secagg.py for what it can).
+    settings = (
+        "training.local_steps=2",
+        "rounds.count=2",
+        "rounds.timeout_s=15",
+        "rounds.minimum_clinics=2",
+        "aggregation.confidentiality=sealed",
+    )
     options = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "fedpeft", "simulate", "--engine", "flower", *options]
     with subprocess.Popen(

@@ -134,8 +134,8 @@ def test_a_clinic_killed_at_each_stage_costs_that_clinic_only(tmp_path: Path) ->
         data,
         names,
         "aggregation.adversary=curious",
-        "aggregation.stage_timeout_s=5",
-        "rounds.timeout_s=15",
+        "aggregation.stage_timeout_s=8",
+        "rounds.timeout_s=20",
     )
     # Nine have keys, so five must stay: after these four there are just five.
     killer = Killer(
