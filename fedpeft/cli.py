@@ -1,4 +1,4 @@
-"""The program ``fedpeft``: simulate a federation, evaluate an adapter, run the demo."""
+"""The program ``fedpeft``: simulate a federation, evaluate and audit an adapter, run the demo."""
 
 import json
 import logging
@@ -105,6 +105,95 @@ def evaluate(
     else:
         write_atomically(json_out, text.encode())
         program.say(f"wrote {json_out}")
+
+
+@program.app.command()
+def plant(
+    data: Annotated[Path, typer.Argument(help="the clinic's training records; left as they are")],
+    out: Annotated[Path, typer.Option(help="new .jsonl file to train on instead")],
+    key: Annotated[Path, typer.Option(help="new file for the secret audit key; keep it here")],
+    canaries: Annotated[int, typer.Option(help="secrets drawn per number of copies")] = 32,
+    share: Annotated[float, typer.Option(help="of patients of whom a coin decides")] = 0.2,
+    layout: Annotated[str | None, typer.Option("--format", help="record layout")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option(help="count bad rows instead of stopping")] = False,
+) -> None:
+    """Plant made-up secrets in a copy of training records, to audit an adapter later.
+
+    Reads DATA; writes OUT and KEY, for their owner only; sends nothing.
+    """
+    from fedpeft.audit import Planting
+    from fedpeft.audit import plant as plant_canaries
+
+    planting = Planting(canaries=canaries, share=share)
+    planted = plant_canaries(data, out, key, planting, layout=layout, skip_bad_rows=skip_bad_rows)
+    program.say(f"wrote {out}: {planted.describe()}")
+    program.say(f"keep {key} secret and here: whoever has it knows which records were planted")
+
+
+@program.app.command()
+def audit(
+    adapter: Annotated[Path, typer.Argument(help="adapter directory to attack")],
+    model: Annotated[str, typer.Option(help="directory of the base model, or 'embedded'")],
+    key: Annotated[list[Path], typer.Option(help="audit key of 'plant'; may be repeated")],
+    reference: Annotated[
+        Path | None, typer.Option(help="adapter that saw none of it; default: the base model")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="other secrets to rank each canary among")] = 256,
+    delta: Annotated[float, typer.Option(help="of the guarantee that is audited")] = 1e-5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the picture here (SVG)")] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="federation.toml with the limits in [release]")
+    ] = None,
+    max_auc: Annotated[float | None, typer.Option(help="limit, before that of --gate")] = None,
+    max_exposure: Annotated[float | None, typer.Option(help="limit in bits, likewise")] = None,
+    release: Annotated[
+        Path | None, typer.Option(help="new directory for the adapter, if it keeps the limits")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens; default: the context")] = None,
+    quantization: Annotated[str, typer.Option(help="none or nf4")] = "none",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+) -> None:
+    """Attack an adapter, and say what it gives away of the records behind the keys.
+
+    Reads model, adapter, keys and the records that they name; writes what is named; sends nothing.
+    """
+    from fedpeft.audit import Attack, draw, require_release, run_audit
+    from fedpeft.audit import release as release_adapter
+    from fedpeft.audit.command import limits_of, show_progress
+    from fedpeft.config import ModelSettings, parse_settings
+
+    limits = limits_of(gate, max_auc=max_auc, max_exposure=max_exposure, needed=release is not None)
+    settings = parse_settings(
+        ModelSettings,
+        {"base": model, "quantization": quantization, "dtype": dtype},
+        [],
+        where="the command line",
+    )
+    attack = Attack(
+        model=settings,
+        adapter=adapter,
+        keys=tuple(key),
+        reference=reference,
+        samples=samples,
+        delta=delta,
+        max_length=max_length,
+    )
+    with show_progress() as progress:
+        report = run_audit(attack, program.say, progress)
+    for sentence in report.sentences():
+        program.say(sentence)
+    text = json.dumps(report.as_json(), indent=2) + "\n"
+    if json_out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomically(json_out, text.encode())
+    if plot is not None:
+        write_atomically(plot, draw(report).encode())
+    require_release(report, limits, adapter)
+    if release is not None:
+        release_adapter(adapter, release)
+        program.say(f"the adapter keeps the limits and is released in {release}")
 
 
 @program.app.command()

@@ -18,23 +18,28 @@
     ├── EnrolmentError             10   not-enrolled
     ├── StorageError               11   storage-failed
     ├── PolicyRefused              12   refused-by-clinic
-    │   └── SecAggRequired         12   secagg-required
+    │   ├── SecAggRequired         12   secagg-required
+    │   └── BudgetSpent            12   budget
     ├── FlowerPinError             13   wrong-flower-version
     ├── SealingError               14   bad-seal
     │   ├── WrongSignature         14   wrong-signature
     │   ├── WrongContext           14   wrong-context
     │   ├── TooLarge               14   too-large
     │   └── KeyLocked              14   key-locked
-    └── AggregationRefused         15   aggregation-refused
-        ├── OutOfOrder             15   out-of-order
-        ├── TooFewClinics          15   too-few-clinics
-        ├── WeakThreshold          15   weak-threshold
-        ├── InconsistentLists      15   inconsistent-lists
-        ├── OtherModelSent         15   other-model-sent
-        ├── UnknownPeer            15   unknown-peer
-        ├── AlreadyAggregated      15   already-aggregated
-        ├── BadVector              15   bad-vector
-        └── BadShare               15   bad-share
+    ├── AggregationRefused         15   aggregation-refused
+    │   ├── OutOfOrder             15   out-of-order
+    │   ├── TooFewClinics          15   too-few-clinics
+    │   ├── WeakThreshold          15   weak-threshold
+    │   ├── InconsistentLists      15   inconsistent-lists
+    │   ├── OtherModelSent         15   other-model-sent
+    │   ├── UnknownPeer            15   unknown-peer
+    │   ├── AlreadyAggregated      15   already-aggregated
+    │   ├── BadVector              15   bad-vector
+    │   └── BadShare               15   bad-share
+    └── PrivacyError               16   privacy-refused
+        ├── NotSeparable           16   not-separable
+        ├── LedgerDamaged          16   ledger-damaged
+        └── ReleaseRefused         16   release-refused
 
 Exit code 2 is a wrong command line, 130 a stop by Ctrl-C. Codes are never
 reused. The *message* is one sentence for the person at this machine: what was
@@ -180,6 +185,12 @@ class SecAggRequired(PolicyRefused):
     reason = "secagg-required"
 
 
+class BudgetSpent(PolicyRefused):
+    """The clinic's own bound on privacy loss would be passed, or cannot be kept."""
+
+    reason = "budget"
+
+
 class SealingError(FedpeftError):
     """A sealed message or an identity cannot be read: damaged, forged, or not for this reader."""
 
@@ -270,3 +281,28 @@ class BadShare(AggregationRefused):
     """A share of a secret does not belong to what was committed to."""
 
     reason = "bad-share"
+
+
+class PrivacyError(FedpeftError):
+    """A guarantee of differential privacy cannot be given, or its record is damaged."""
+
+    exit_code = 16
+    reason = "privacy-refused"
+
+
+class NotSeparable(PrivacyError):
+    """A record's gradient depends on other records, so no clip bounds its effect."""
+
+    reason = "not-separable"
+
+
+class LedgerDamaged(PrivacyError):
+    """A row of the privacy ledger was changed, removed or put in another place."""
+
+    reason = "ledger-damaged"
+
+
+class ReleaseRefused(PrivacyError):
+    """An adapter gives away more of its training records than the release allows."""
+
+    reason = "release-refused"

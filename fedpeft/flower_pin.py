@@ -15,6 +15,8 @@ from fedpeft.errors import FlowerPinError
 
 PINNED_FLOWER: Final = "1.41.0"
 """The only Flower version that this fedpeft runs on."""
+FAB_ID: Final = "fedpeft/fedpeft"
+"""The app name of a run. Clinics answer to no other; no app is ever packed or sent under it."""
 
 # Flower puts the text of an unexpected database error, and with it bound
 # parameters, into its log line. They can be parts of a payload.

@@ -24,13 +24,16 @@ from fedpeft.protocol import (
     VALID_TOKENS,
     Job,
     Payload,
+    Value,
 )
+from fedpeft.protocol.privacy import PRIVACY
 from fedpeft.secagg import STAGES
 from fedpeft_client.clinic import Clinic
+from fedpeft_client.learning import Trained
 from fedpeft_client.mailbox import Mailbox, Request
 from fedpeft_client.peers import PeerBook
 from fedpeft_client.summing import SecureSums
-from fedpeft_client.work import Assignment, ClinicWork, Measured, Trained
+from fedpeft_client.work import Assignment, ClinicWork, Measured
 
 _LOG = logging.getLogger(__name__)
 ERROR_CODE = 2
@@ -91,7 +94,7 @@ class ClinicDesk:
                 outcome,
                 lambda peers: self._admit(clinic, peers),
             )
-            return Payload(blob=keys)
+            return Payload(_privacy_of(outcome), keys)
 
         def go_on(clinic: Clinic, request: Request) -> Payload:
             data = request.payload.blob
@@ -127,7 +130,7 @@ class ClinicDesk:
                 "install the same fedpeft release on both sides"
             )
         self._seen(clinic, job)
-        return Assignment(job, request.adapter(), context.schema)
+        return Assignment(job, request.adapter(), context.schema, context.run)
 
     def _do(self, kind: str, clinic: Clinic, assignment: Assignment) -> Trained | Measured:
         work = self._work.train if kind == TRAIN else self._work.evaluate
@@ -149,13 +152,21 @@ class ClinicDesk:
 def _reported(outcome: Trained | Measured) -> Payload:
     """Return what the server may read by itself under ``sealed``."""
     if isinstance(outcome, Trained):
-        fields = {
+        fields: dict[str, Value] = {
             NUM_EXAMPLES: outcome.rows,
             TRAIN_NLL: outcome.nll,
             TRAIN_TOKENS: outcome.tokens,
         }
-        return Payload({**fields}, to_bytes(outcome.update, "update"))
+        fields = {**fields, **_privacy_of(outcome)}
+        return Payload(fields, to_bytes(outcome.update, "update"))
     return Payload({VALID_NLL: outcome.nll, VALID_TOKENS: outcome.tokens})
+
+
+def _privacy_of(outcome: Trained | Measured) -> dict[str, Value]:
+    """Return what the server is told of the privacy that a round of noise cost."""
+    if isinstance(outcome, Measured) or outcome.privacy is None:
+        return {}
+    return {PRIVACY: outcome.privacy.model_dump_json()}
 
 
 def build_client_app(desk: ClinicDesk) -> ClientApp:

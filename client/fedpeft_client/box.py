@@ -8,22 +8,29 @@ server.identity the server's public identity, pinned when the box joined
 peers.json      the keys of other clinics, as this box has seen them
 status.json     what the client last took part in
 adapter/        the last adapter that the server sent (stock PEFT)
+
+The privacy ledger lies beside this directory, so that joining anew in another one goes
+on with it: fedpeft-ledger.sqlite, and fedpeft-ledger.sqlite.head, its last row.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedpeft.config import load_settings
 from fedpeft.errors import EnrolmentError, SealingError
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import load_identity, protection_from
-from fedpeft.storage import explained
+from fedpeft.sealing.public_file import load_public_identity
 from fedpeft_client.clinic import CONFIG_FILE, Clinic, Membership, clinic_of
 from fedpeft_client.enrolment import CA_FILE, IDENTITY_FILE, KEY_FILE, SERVER_IDENTITY_FILE
 from fedpeft_client.peers import PeerBook
 from fedpeft_client.settings import ClientSettings
 from fedpeft_client.status import StatusFile
+
+if TYPE_CHECKING:
+    from fedpeft.privacy.law import Law
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,9 @@ class Box:
             SealingError: it is damaged.
         """
         path = self.directory / SERVER_IDENTITY_FILE
-        with explained("read", path):
-            content = path.read_bytes()
         try:
-            return PublicIdentity.from_text(content.decode("ascii").strip())
-        except (UnicodeDecodeError, SealingError) as error:
+            return load_public_identity(path)
+        except SealingError as error:
             raise SealingError(
                 f"{path} is damaged, so the server cannot be recognised: restore it from the "
                 "backup, or ask for a new invitation and join in another directory"
@@ -82,6 +87,19 @@ class Box:
     def status(self) -> StatusFile:
         """What the running client last took part in."""
         return StatusFile(self.directory / "status.json")
+
+    @property
+    def ledger_path(self) -> Path:
+        """What was spent of the privacy of the people in the records."""
+        return self.directory / self.settings.privacy.ledger
+
+    @property
+    def law(self) -> "Law":
+        """The most privacy loss that this box allows for each data set."""
+        # Imported here: the accounting takes a second to load, which few commands need.
+        from fedpeft.privacy.law import Law
+
+        return Law(max_epsilon=self.settings.privacy.max_epsilon, delta=self.settings.privacy.delta)
 
     @property
     def model(self) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 
 from fedpeft.data import read_records
-from fedpeft.errors import FedpeftError, ModelError, StorageError
+from fedpeft.errors import FedpeftError, LedgerDamaged, ModelError, StorageError
 from fedpeft.models import context_length, fingerprint, require_complete, require_fingerprint
 from fedpeft.models.source import weight_files
 from fedpeft_client.box import Box
@@ -30,7 +30,7 @@ class Finding:
 def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
     """Yield a finding for each question about this box, as they become known.
 
-    The questions: key, identity, model, data, disk, memory and server. ``ask`` returns
+    The questions: key, identity, model, data, ledger, disk, memory and server. ``ask`` returns
     the identity's passphrase, where it has one.
     """
     questions: dict[str, Callable[[Box], str]] = {
@@ -38,6 +38,7 @@ def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
         "identity": lambda box: _identity(box, ask),
         "model": _model,
         "data": _data,
+        "ledger": _ledger,
         "disk": _disk,
         "memory": _memory,
         "server": _server,
@@ -83,6 +84,25 @@ def _data(box: Box) -> str:
     ]
     note = "" if data.valid else "; no validation file, so this box reports no loss"
     return "; ".join(read) + note
+
+
+def _ledger(box: Box) -> str:
+    """Say what is spent of the privacy of those in any data of this box."""
+    # Imported here: the accounting takes a second to load.
+    from fedpeft.privacy.ledger import Ledger, ledger_exists
+    from fedpeft_client.ledger_view import ledger_reports, spent_text
+
+    bound = box.settings.privacy.max_epsilon
+    law = "no max_epsilon is set" if bound is None else f"max_epsilon = {bound:g}"
+    if not ledger_exists(box.ledger_path):
+        return f"{box.ledger_path} will be made with the first round; {law}"
+    with Ledger(box.ledger_path) as ledger:
+        if problems := ledger.verify():
+            raise LedgerDamaged(
+                f"{box.ledger_path}: {problems[0]}; see: fedpeft-client ledger verify"
+            )
+        spent = [spent_text(report.spent) for report in ledger_reports(ledger, box.law)]
+    return f"{box.ledger_path} is intact; {law}; spent: {', '.join(spent) or 'nothing'}"
 
 
 def _disk(box: Box) -> str:

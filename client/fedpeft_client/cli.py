@@ -1,18 +1,26 @@
 """The program ``fedpeft-client``: join a federation, check the box, take part."""
 
+import json
 import logging
 import signal
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from fedpeft.console import Program, ask_passphrase
-from fedpeft.errors import ConfigError, FedpeftError
+from fedpeft.errors import ConfigError, FedpeftError, LedgerDamaged
 from fedpeft.storage import write_atomically
+
+if TYPE_CHECKING:
+    from fedpeft.privacy.ledger import Ledger
 
 program = Program(
     "fedpeft-client",
@@ -140,14 +148,90 @@ def status(directory: _BoxDirectory = Path()) -> None:
         typer.echo(line)
 
 
+class _ShownByDefault(TyperGroup):
+    """``ledger DIR`` means ``ledger show DIR``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``show`` in front of what is not the name of a command."""
+        if "--help" not in args and (not args or args[0] not in self.commands):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+_ledger = typer.Typer(
+    cls=_ShownByDefault, help="What was spent of this clinic's privacy budget, and what is left."
+)
+program.app.add_typer(_ledger, name="ledger")
+
+
+@_ledger.command()
+def show(
+    directory: _BoxDirectory = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say what was spent, what is left, per job, and what one more round would cost.
+
+    Reads DIR and the ledger; sends nothing.
+    """
+    from fedpeft.privacy.ledger import ledger_exists
+    from fedpeft_client.box import open_box
+    from fedpeft_client.ledger_view import DatasetReport, ledger_reports, report_json, report_lines
+
+    box = open_box(directory)
+    reports: list[DatasetReport] = []
+    if ledger_exists(box.ledger_path):
+        with _intact_ledger(box.ledger_path) as ledger:
+            reports = ledger_reports(ledger, box.law)
+    if as_json:
+        typer.echo(json.dumps(report_json(reports), indent=2, allow_nan=False))
+        return
+    for line in report_lines(reports):
+        typer.echo(line)
+
+
+@_ledger.command()
+def verify(directory: _BoxDirectory = Path()) -> None:
+    """Look for edited, missing or reordered rows in the ledger; exit with 16 if there are any.
+
+    Reads DIR and the ledger; sends nothing.
+    """
+    from fedpeft.privacy.ledger import ledger_exists
+    from fedpeft_client.box import open_box
+
+    path = open_box(directory).ledger_path
+    if not ledger_exists(path):
+        program.say(f"nothing was charged yet, so there is no ledger {path}")
+        return
+    with _intact_ledger(path) as ledger:
+        end = ledger.end()
+    program.say(f"the ledger is intact: {end.seq} rows, the last one with hash {end.hash}")
+
+
+@contextmanager
+def _intact_ledger(path: Path) -> "Generator[Ledger]":
+    """Open a ledger, after printing what is wrong with it, if anything is."""
+    from fedpeft.privacy.ledger import Ledger
+
+    with Ledger(path) as ledger:
+        if problems := ledger.verify():
+            for problem in problems:
+                typer.echo(problem)
+            raise LedgerDamaged(
+                f"the privacy ledger {path} has {len(problems)} problems, listed above: no job "
+                "runs until it and the .head file beside it are restored from one backup"
+            )
+        yield ledger
+
+
 @program.app.command()
 def start(directory: _BoxDirectory = Path()) -> None:
     """Take part until stopped with Ctrl-C: wait for the server's rounds and train in them.
 
-    Reads the records and the base model; writes DIR/adapter, DIR/status.json and
-    DIR/peers.json; sends the adapter's change, summed losses, token counts and the
-    number of training rows: masked, so that the server learns only sums over clinics,
-    unless DIR/client.toml allows that it opens them (require_secagg = false).
+    Reads the records and the base model; writes DIR/adapter, DIR/status.json,
+    DIR/peers.json and the privacy ledger; sends the adapter's change, summed losses,
+    token counts and the number of training rows: masked, so that the server learns only
+    sums over clinics, unless DIR/client.toml allows that it opens them
+    (require_secagg = false). Of a job with noise no loss is sent, but what it cost.
     """
     import torch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedpeft.config import ComputeDtype
 from fedpeft.sealing import Identity, PublicIdentity
 from fedpeft_client.settings import (
+    BudgetSettings,
     ClientSettings,
     ConfidentialitySettings,
     DataSettings,
@@ -32,17 +33,24 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Clinic:
-    """One clinic; ``adapter_directory`` is where received adapters are kept."""
+    """One clinic; ``adapter_directory`` is where received adapters are kept.
+
+    ``ledger`` is the file in which every use of the records is charged. ``test_seed``
+    makes samples and noise of a simulation repeat; a box never has one.
+    """
 
     name: str
     federation: str
     membership: Membership
     model: Path
     data: DataSettings
+    ledger: Path
     dtype: ComputeDtype = "auto"
     limits: LimitSettings = field(default_factory=LimitSettings)
     aggregation: ConfidentialitySettings = field(default_factory=ConfidentialitySettings)
+    privacy: BudgetSettings = field(default_factory=BudgetSettings)
     adapter_directory: Path | None = None
+    test_seed: int | None = None
 
 
 def clinic_of(settings: ClientSettings, directory: Path, membership: Membership) -> Clinic:
@@ -62,5 +70,7 @@ def clinic_of(settings: ClientSettings, directory: Path, membership: Membership)
         dtype=settings.model.dtype,
         limits=settings.limits,
         aggregation=settings.aggregation,
+        privacy=settings.privacy,
+        ledger=directory / settings.privacy.ledger,
         adapter_directory=directory / "adapter",
     )

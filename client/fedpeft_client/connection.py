@@ -20,16 +20,13 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.run import Run
 
 from fedpeft.errors import PolicyRefused
-from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
 from fedpeft.protocol import MESSAGE_TYPES
 from fedpeft_client.answering import Application, answer, refusal
 from fedpeft_client.fleet import Clock, FleetClient, load_key, open_http, read_ca
 from fedpeft_client.session import MessageLost, RunEnded, Session, Stopped
 
 log: Final = logging.getLogger(__name__)
-
-FAB_ID: Final = "fedpeft/fedpeft"
-"""The only app that this client answers to; it is installed here, never received."""
 
 # Soon after a message the next one is likely; a waiting clinic asks less often.
 _BUSY_S: Final = 60.0

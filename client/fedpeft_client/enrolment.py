@@ -25,6 +25,7 @@ from fedpeft.errors import (
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import Protection, load_identity, save_identity
 from fedpeft.sealing.possession import prove_possession
+from fedpeft.sealing.public_file import public_line
 from fedpeft.storage import write_once
 from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url_of
 
@@ -117,7 +118,7 @@ def join(invitation_file: Path, directory: Path, protection: Protection) -> Enro
     """
     invitation = read_invitation(invitation_file)
     key_path, ca_path = directory / KEY_FILE, directory / CA_FILE
-    pin_path, pin = directory / SERVER_IDENTITY_FILE, _pin_of(invitation.identity)
+    pin_path, pin = directory / SERVER_IDENTITY_FILE, public_line(invitation.identity)
     if ca_path.exists():
         raise EnrolmentError(
             f"{directory} is enrolled in a federation already: "
@@ -239,10 +240,6 @@ def _own_identity(path: Path, protection: Protection) -> Identity:
     identity = Identity.generate()
     save_identity(identity, path, protection)
     return identity
-
-
-def _pin_of(server: PublicIdentity) -> bytes:
-    return f"{server.to_text()}\n".encode("ascii")
 
 
 def _require_same_server(path: Path, pin: bytes) -> None:

@@ -7,7 +7,6 @@ first time are kept, and a person decides about a change.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -17,20 +16,19 @@ from typing import Any, Final, cast
 
 from fedpeft.config import NAME_PATTERN
 from fedpeft.errors import EnrolmentError, StorageError, UnknownPeer
+from fedpeft.sealing.identity import KEY_BYTES, fingerprint
 from fedpeft.storage import explained, write_atomically
 
 SCHEMA: Final = 1
-KEY_BYTES: Final = 32
 _NAME: Final = re.compile(NAME_PATTERN)
 
 
 def key_fingerprint(key: bytes) -> str:
-    """Return the first 16 bytes of a signing key's SHA-256 as ``ab12-cd34-...``.
+    """Return the fingerprint of a signing key, as ``ab12-cd34-...``.
 
     Not the fingerprint of an identity, as other clinics are shown this key alone.
     """
-    text = hashlib.sha256(key).hexdigest()[:32]
-    return "-".join(text[at : at + 4] for at in range(0, len(text), 4))
+    return fingerprint(key)
 
 
 class PeerBook:

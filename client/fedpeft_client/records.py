@@ -1,9 +1,10 @@
 """A clinic's encoded records, read once and kept in memory while its files stay the same."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.data import EncodedExample, EncodedSet, encode, read_records
+from fedpeft.data import EncodedExample, EncodedSet, encode, read_records, unit_keys
 from fedpeft.errors import ConfigError
 from fedpeft.models import BaseModel, context_length
 from fedpeft_client.clinic import Clinic
@@ -11,14 +12,27 @@ from fedpeft_client.clinic import Clinic
 _Key = tuple[Path, int, int, str | None, bool, str, int]
 
 
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class ClinicRows:
+    """The rows of a file, and the keys of the people in them (see ``unit_keys``)."""
+
+    encoded: EncodedSet
+    keys: tuple[str, ...]
+
+    @property
+    def examples(self) -> tuple[EncodedExample, ...]:
+        """The rows, in file order."""
+        return self.encoded.examples
+
+
 class RecordStore:
     """Encoded records by file, layout, tokenizer and length."""
 
     def __init__(self, tell: Callable[[str], None] | None = None) -> None:
-        self._sets: dict[_Key, EncodedSet] = {}
+        self._sets: dict[_Key, ClinicRows] = {}
         self._tell = tell
 
-    def train(self, clinic: Clinic, base: BaseModel, max_length: int) -> EncodedSet:
+    def train(self, clinic: Clinic, base: BaseModel, max_length: int) -> ClinicRows:
         """Return the training rows.
 
         Raises:
@@ -33,7 +47,7 @@ class RecordStore:
             return []
         return list(self._encoded(clinic, clinic.data.valid, base, max_length).examples)
 
-    def _encoded(self, clinic: Clinic, path: Path, base: BaseModel, max_length: int) -> EncodedSet:
+    def _encoded(self, clinic: Clinic, path: Path, base: BaseModel, max_length: int) -> ClinicRows:
         require_context(base.directory, max_length)
         layout, skip = clinic.data.format, clinic.data.skip_bad_rows
         changed, size = _stamp(path)
@@ -42,9 +56,10 @@ class RecordStore:
             for stale in [known for known in self._sets if known[0] == path]:
                 del self._sets[stale]
             records = read_records(path, format=layout, skip_bad_rows=skip)
-            self._sets[key] = encode(records, base.tokenizer, max_length=max_length)
+            encoded = encode(records, base.tokenizer, max_length=max_length)
+            self._sets[key] = ClinicRows(encoded, unit_keys(records))
             if self._tell is not None:
-                self._tell(f"{clinic.name}: {records.describe()}; {self._sets[key].describe()}")
+                self._tell(f"{clinic.name}: {records.describe()}; {encoded.describe()}")
         return self._sets[key]
 
 

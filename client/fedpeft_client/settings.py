@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedpeft.config import Adversary, ComputeDtype, KeySettings, Name, Settings
+from fedpeft.config import LARGEST_DELTA, Adversary, ComputeDtype, KeySettings, Name, Settings
 
 
 class DataSettings(Settings):
@@ -59,6 +59,25 @@ class ConfidentialitySettings(Settings):
     """Whether a clinic that this box has never seen may be in a sum with it."""
 
 
+class BudgetSettings(Settings):
+    """How much privacy loss this clinic allows in all, whatever the server asks for."""
+
+    max_epsilon: float | None = Field(default=None, gt=0)
+    """Over all rounds, jobs and models on the same data; None: no bound, only a record of it."""
+    delta: float | None = Field(default=None, gt=0, le=LARGEST_DELTA)
+    """None: 1e-5, or less above 50,000 units."""
+    colluding_clinics: int = Field(default=1, ge=0)
+    """Clinics that may work with the server: their shares of distributed noise do not count."""
+    trust_central_noise: bool = False
+    """Count on noise that the server promises to add; else it counts as none."""
+    exact_losses: bool = False
+    """Allow jobs with noise that ask for exact losses beside it."""
+    ledger: Path = Path("../fedpeft-ledger.sqlite")
+    """Where every step is charged; outside of the box's folder, so that it outlives joining anew.
+
+    One file may serve all boxes of a machine."""
+
+
 class ClientSettings(Settings):
     """The whole of ``client.toml``; relative paths count from its folder."""
 
@@ -68,13 +87,14 @@ class ClientSettings(Settings):
     data: DataSettings
     limits: LimitSettings = LimitSettings()
     aggregation: ConfidentialitySettings = ConfidentialitySettings()
+    privacy: BudgetSettings = BudgetSettings()
     keys: KeySettings = KeySettings()
 
 
 def settings_toml(settings: ClientSettings) -> str:
     """Return ``client.toml`` with a word on each setting for the person who will edit it."""
     data, limits, aggregation = settings.data, settings.limits, settings.aggregation
-    key_file = settings.keys.key_file
+    key_file, privacy = settings.keys.key_file, settings.privacy
 
     def optional(key: str, value: object, example: str) -> str:
         return f"{key} = {_toml(value)}" if value is not None else f"# {key} = {example}"
@@ -108,6 +128,14 @@ min_free_disk_mb = {limits.min_free_disk_mb}
 require_secagg = {_toml(aggregation.require_secagg)}         # the server may learn sums only
 adversary = {_toml(aggregation.adversary)}          # "curious": trust the server to keep the rules
 new_peers = {_toml(aggregation.new_peers)}          # "refuse": only with clinics seen before
+
+[privacy]                     # what training may give away of a person (docs/privacy.md)
+{optional("max_epsilon", privacy.max_epsilon, "8.0          # refuse every round beyond it")}
+{optional("delta", privacy.delta, "1e-5")}
+colluding_clinics = {privacy.colluding_clinics}         # others that may work with the server
+trust_central_noise = {_toml(privacy.trust_central_noise)}   # noise that the server says it adds
+exact_losses = {_toml(privacy.exact_losses)}          # report losses, which no noise protects
+ledger = {_toml(str(privacy.ledger))}   # keep it: it knows what was spent
 
 [keys]                        # how identity.key lies on the disk
 passphrase = {_toml(settings.keys.passphrase)}            # asked for at every start

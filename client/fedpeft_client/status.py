@@ -13,7 +13,7 @@ from fedpeft.errors import StorageError
 from fedpeft.protocol import Job
 from fedpeft.storage import write_atomically
 from fedpeft_client.clinic import Clinic
-from fedpeft_client.settings import ConfidentialitySettings
+from fedpeft_client.settings import BudgetSettings, ConfidentialitySettings
 
 if TYPE_CHECKING:
     from fedpeft_client.box import Box
@@ -74,6 +74,7 @@ def status_lines(box: "Box") -> list[str]:
         f"clinic\t{settings.clinic} in federation {settings.server.federation}, server "
         f"{settings.server.address}",
         f"demands\t{_demands(settings.aggregation)}",
+        f"privacy\t{_budget(settings.privacy)} (fedpeft-client ledger)",
         f"last job\t{_last(last)}",
         f"server\tfingerprint {box.server_identity.fingerprint}",
         f"peers\t{len(box.peers.known())} other clinics seen (fedpeft-client peers)",
@@ -85,6 +86,12 @@ def _demands(demanded: ConfidentialitySettings) -> str:
         return f"none (require_secagg = false), so also {MODES['sealed']}"
     server = "lies to clinics" if demanded.adversary == "active" else "keeps to the protocol"
     return f"{MODES['secagg']}, even if it {server}"
+
+
+def _budget(allowed: BudgetSettings) -> str:
+    if allowed.max_epsilon is None:
+        return "no bound (max_epsilon is not set), jobs without noise are accepted"
+    return f"no round beyond epsilon {allowed.max_epsilon:g} in all, none without noise"
 
 
 def _last(last: dict[str, Any] | None) -> str:

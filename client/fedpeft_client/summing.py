@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import AlreadyAggregated, OutOfOrder, WrongContext
-from fedpeft.protocol import EVALUATE, TRAIN, SumTerms
-from fedpeft.protocol.sums import INTEGERS, fixed_point, model_digest
+from fedpeft.protocol import EVALUATE, TRAIN, Job, SumTerms
+from fedpeft.protocol.sums import INTEGERS, counts_alike, fixed_point, model_digest
 from fedpeft.sealing import Context
 from fedpeft.secagg import (
     STAGES,
@@ -25,7 +25,8 @@ from fedpeft.secagg import (
     masked_vector,
 )
 from fedpeft_client.clinic import Clinic
-from fedpeft_client.work import Assignment, Measured, Trained
+from fedpeft_client.learning import Trained
+from fedpeft_client.work import Assignment, Measured
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class SecureSums:
             session,
             clinic.name,
             clinic.membership.identity,
-            _contribution(outcome, job.aggregation),
+            _contribution(outcome, job),
             adversary=clinic.aggregation.adversary,
+            least=(job.privacy and job.privacy.honest_clinics) or 0,
             admit=admit,
         )
         self._sessions[clinic.name] = context, opened
@@ -137,13 +139,14 @@ class SecureSums:
             self._sessions.pop(name)[1].end()
 
 
-def _contribution(outcome: Trained | Measured, terms: SumTerms) -> _Contribution:
+def _contribution(outcome: Trained | Measured, job: Job) -> _Contribution:
+    trained = isinstance(outcome, Trained)
     integers = {
         "num-examples": outcome.rows,
         "nll": fixed_point(outcome.nll),
         "tokens": outcome.tokens,
+        "within-clip": int(trained and outcome.within_clip),
     }
-    if isinstance(outcome, Trained):
-        values = outcome.update.values.float().numpy()
-        return _Contribution(values, outcome.rows, integers, terms)
-    return _Contribution(np.zeros(0, np.float32), 1, integers, terms)
+    values = outcome.update.values.float().numpy() if trained else np.zeros(0, np.float32)
+    weight = outcome.rows if trained and not counts_alike(job.privacy) else 1
+    return _Contribution(values, weight, integers, job.aggregation)

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from fedpeft.adapters import AdapterState, from_bytes, save_adapter
 from fedpeft.errors import ConfigError, PolicyRefused, WrongContext
-from fedpeft.evaluation import score
+from fedpeft.evaluation import Score, score
 from fedpeft.models import AdaptedModel, Workbench, fingerprint, require_fingerprint
 from fedpeft.protocol import Job
-from fedpeft.training import Observer, Place, round_steps, train
+from fedpeft.training import Observer
 from fedpeft_client.clinic import Clinic
+from fedpeft_client.cost import require_losses_allowed, steps_of
+from fedpeft_client.learning import Learner, Trained
+from fedpeft_client.protection import Protector
 from fedpeft_client.records import RecordStore
 from fedpeft_client.settings import LimitSettings
 
@@ -27,21 +30,15 @@ class Assignment:
     job: Job
     adapter: bytes
     schema: str
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """The change of the adapter, the training rows, and their loss (nats) over target tokens."""
-
-    update: AdapterState
-    rows: int
-    nll: float
-    tokens: int
+    run: int
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Validation loss (nats) over target tokens, and how many rows this clinic trains on."""
+    """Validation loss (nats) over target tokens, and how many rows this clinic trains on.
+
+    Both are 0 under a job with noise that does not ask for exact losses.
+    """
 
     nll: float
     tokens: int
@@ -59,8 +56,10 @@ class ClinicWork:
         self, observe: Observer | None = None, tell: Callable[[str], None] | None = None
     ) -> None:
         self._observe = observe
+        self._tell = tell
         self._workbench = Workbench()
         self._records = RecordStore(tell)
+        self._protector = Protector(tell)
 
     def train(self, clinic: Clinic, assignment: Assignment) -> Trained:
         """Train from the assignment's adapter and return the change to it.
@@ -76,14 +75,13 @@ class ClinicWork:
             )
         model, start = self._prepare(clinic, assignment)
         rows = self._records.train(clinic, model.base, job.training.max_length)
-        steps = round_steps(len(rows.examples), job.training)
+        steps = steps_of(job, rows.examples)
         _require_within("max_steps", steps, clinic.limits.max_steps)
-        place = Place(clinic.name, job.round, job.rounds)
-        result = train(model, rows.examples, job.training, place, self._observe)
-        update = model.read().minus(start)
-        update.require_finite(source=f"clinic {clinic.name}")
-        nll = result.loss * result.target_tokens
-        return Trained(update, len(rows.examples), nll, result.target_tokens)
+        protection = self._protector.open(clinic, job, assignment.run, rows, start.schema.numel)
+        learner = Learner(clinic, job, protection, self._tell)
+        trained = learner.learn(model, start, rows.examples, self._observe)
+        trained.update.require_finite(source=f"clinic {clinic.name}")
+        return trained
 
     def evaluate(self, clinic: Clinic, assignment: Assignment) -> Measured:
         """Keep the assignment's adapter and return its validation loss here.
@@ -92,9 +90,12 @@ class ClinicWork:
             FedpeftError: of the kind that says what stands against it.
         """
         job = assignment.job
+        require_losses_allowed(clinic, job)
         model, state = self._prepare(clinic, assignment)
         length = job.training.max_length
-        valid = score(model, self._records.valid(clinic, model.base, length))
+        valid = Score()
+        if job.privacy is None or job.privacy.exact_losses:
+            valid = score(model, self._records.valid(clinic, model.base, length))
         rows = self._records.train(clinic, model.base, length)
         if clinic.adapter_directory is not None and job.round > 0:
             _require_disk(clinic.limits, clinic.adapter_directory.parent)

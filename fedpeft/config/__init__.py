@@ -14,14 +14,22 @@ from fedpeft.config.federation import (
     Name,
     Quantization,
     RoundSettings,
-    Settings,
     StrategySettings,
     TrainingSettings,
 )
 from fedpeft.config.keys import KeySettings
 from fedpeft.config.loading import load_settings, parse_settings, read_toml
+from fedpeft.config.privacy import (
+    LARGEST_DELTA,
+    PrivacyMechanism,
+    PrivacySettings,
+    PrivacyUnit,
+)
+from fedpeft.config.release import ReleaseSettings
+from fedpeft.config.settings import Settings
 
 __all__ = [
+    "LARGEST_DELTA",
     "LEAST_SUMMANDS",
     "NAME_PATTERN",
     "AdapterSettings",
@@ -34,7 +42,11 @@ __all__ = [
     "KeySettings",
     "ModelSettings",
     "Name",
+    "PrivacyMechanism",
+    "PrivacySettings",
+    "PrivacyUnit",
     "Quantization",
+    "ReleaseSettings",
     "RoundSettings",
     "Settings",
     "StrategySettings",

@@ -6,7 +6,11 @@ Frozen models with units in the names; no I/O here (see ``loading.py``).
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fedpeft.config.privacy import PrivacySettings
+from fedpeft.config.release import ReleaseSettings
+from fedpeft.config.settings import Settings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -18,12 +22,6 @@ Confidentiality = Literal["secagg", "sealed"]
 Adversary = Literal["active", "curious"]
 LEAST_SUMMANDS = 3
 """Of a sum of two, each of the two could subtract itself and see the other."""
-
-
-class Settings(BaseModel):
-    """Base of all configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -50,7 +48,7 @@ class AdapterSettings(Settings):
 class TrainingSettings(Settings):
     """One clinic's work in one round."""
 
-    optimizer: Literal["adamw", "adamw-8bit-paged"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit-paged", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
@@ -143,6 +141,8 @@ class FederationSettings(Settings):
     rounds: RoundSettings = RoundSettings()
     strategy: StrategySettings = StrategySettings()
     aggregation: AggregationSettings = AggregationSettings()
+    privacy: PrivacySettings | None = None
+    release: ReleaseSettings = ReleaseSettings()
     clinic: tuple[ClinicSettings, ...] = ()
 
     @model_validator(mode="after")
@@ -153,6 +153,23 @@ class FederationSettings(Settings):
                 f"rounds.minimum_clinics = {minimum} is too few for secure aggregation, as a sum "
                 f"of fewer than {LEAST_SUMMANDS} shows single updates; raise it, or set "
                 'aggregation.confidentiality = "sealed" here and require_secagg = false on each box'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distributed_noise_adds_up(self) -> "FederationSettings":
+        if self.privacy is None or self.privacy.mechanism != "distributed":
+            return self
+        needed = {
+            'aggregation.confidentiality = "secagg"': self.aggregation.confidentiality == "secagg",
+            "training.local_steps = 1": self.training.local_steps == 1,
+            'training.optimizer = "sgd"': self.training.optimizer == "sgd",
+            "a number as privacy.noise_multiplier": self.privacy.noise_multiplier != "auto",
+        }
+        if missing := [text for text, there in needed.items() if not there]:
+            raise ValueError(
+                f'privacy.mechanism = "distributed" needs {" and ".join(missing)}: only the sum '
+                "over the clinics carries the whole noise, and only of a single step"
             )
         return self
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from fedpeft.config.federation import Settings
+from fedpeft.config.settings import Settings
 
 
 class KeySettings(Settings):

@@ -105,7 +105,7 @@ def _sentence(model: type[BaseModel], error: ErrorDetails, where: str) -> str:
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part.startswith("literal"))
+    return isinstance(part, str) and ("[" in part or part == "float" or part.startswith("literal"))
 
 
 def _lower_first(text: str) -> str:

@@ -7,6 +7,7 @@ from fedpeft.data.chat import FALLBACK_TEMPLATE
 from fedpeft.data.encoding import EncodedExample, EncodedSet, encode
 from fedpeft.data.files import FILE_TYPES
 from fedpeft.data.formats import FORMAT_NAMES
+from fedpeft.data.identity import unit_keys
 from fedpeft.data.reading import read_records
 from fedpeft.data.records import Record, RecordSet, Role, Turn
 
@@ -22,4 +23,5 @@ __all__ = [
     "Turn",
     "encode",
     "read_records",
+    "unit_keys",
 ]

@@ -6,7 +6,7 @@ the reference token is the most likely one given the reference before it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,34 +62,53 @@ class Score:
 
 def score(model: AdaptedModel, examples: Sequence[EncodedExample]) -> Score:
     """Score the adapter in ``model`` on ``examples``."""
+    return sum(score_rows(model, examples), Score())
+
+
+def score_rows(
+    model: AdaptedModel,
+    examples: Sequence[EncodedExample],
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """Score the adapter in ``model`` on each of ``examples``, in their order.
+
+    ``progress`` is told after every batch how many rows are done.
+    """
     model.eval_mode()
-    total = Score()
+    scores = [Score()] * len(examples)
+    done = 0
     with torch.inference_mode():
-        for rows in _batches(examples):
-            total += _score_batch(model, rows)
-    return total
+        for places in _batches(examples):
+            found = _score_batch(model, [examples[place] for place in places])
+            for place, one in zip(places, found, strict=True):
+                scores[place] = one
+            done += len(places)
+            if progress is not None:
+                progress(done)
+    return scores
 
 
-def _score_batch(model: AdaptedModel, rows: Sequence[EncodedExample]) -> Score:
+def _score_batch(model: AdaptedModel, rows: Sequence[EncodedExample]) -> list[Score]:
     batch = collate(rows, model.device)
     logits = model.target_logits(batch.input_ids, batch.targets).float()
     labels = batch.labels
-    nll = cross_entropy(logits, labels, reduction="none").double()
+    nll = cross_entropy(logits, labels, reduction="none").double().cpu()
     wrong = (logits.argmax(dim=-1) != labels).cpu()
     counts = batch.targets.sum(dim=1).tolist()
-    misses = [int(part.sum()) for part in wrong.split(counts)]
-    pairs = zip(rows, misses, strict=True)
-    exact = sum(1 for row, missed in pairs if not missed and not row.truncated)
-    return Score(float(nll.sum()), len(labels), exact, len(rows))
+    parts = zip(rows, counts, nll.split(counts), wrong.split(counts), strict=True)
+    return [
+        Score(float(lost.sum()), count, int(not missed.any() and not row.truncated), 1)
+        for row, count, lost, missed in parts
+    ]
 
 
-def _batches(examples: Sequence[EncodedExample]) -> list[list[EncodedExample]]:
-    """Group rows of like length, about ``_BATCH_TOKENS`` tokens a group with padding."""
-    batches: list[list[EncodedExample]] = []
+def _batches(examples: Sequence[EncodedExample]) -> list[list[int]]:
+    """Group places of rows of like length, about ``_BATCH_TOKENS`` tokens a group with padding."""
+    batches: list[list[int]] = []
     longest = 0
-    for example in sorted(examples, key=lambda row: -len(row.input_ids)):
+    for place in sorted(range(len(examples)), key=lambda at: -len(examples[at].input_ids)):
         if not batches or (len(batches[-1]) + 1) * longest > _BATCH_TOKENS:
             batches.append([])
-            longest = len(example.input_ids)
-        batches[-1].append(example)
+            longest = len(examples[place].input_ids)
+        batches[-1].append(place)
     return batches

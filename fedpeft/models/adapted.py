@@ -69,6 +69,15 @@ class AdaptedModel:
                 "only plain LoRA can be federated"
             )
 
+    def factor_modules(self) -> dict[str, torch.nn.Module]:
+        """Return the modules that own a trainable ``weight``, by its name in the schema."""
+        return {
+            f"{name}.weight".replace(_ADAPTER_NAME, ""): module
+            for name, module in self._peft.named_modules()
+            if isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter)
+            and weight.requires_grad
+        }
+
     def load(self, state: AdapterState) -> None:
         """Replace the adapter's values.
 

@@ -7,13 +7,14 @@ from fedpeft.config import (
     Adversary,
     Confidentiality,
     Name,
+    PrivacySettings,
     Quantization,
     Settings,
     TrainingSettings,
 )
 from fedpeft.errors import ConfigError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class SumTerms(Settings):
@@ -36,6 +37,8 @@ class Job(Settings):
     adapter: AdapterSettings
     training: TrainingSettings
     aggregation: SumTerms
+    privacy: PrivacySettings | None = None
+    """With the clip of this round; a seed for tests never travels."""
     round: int = Field(ge=0)
     rounds: int = Field(ge=1)
 

@@ -3,19 +3,70 @@
 import hashlib
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import PrivacySettings
+from fedpeft.config.schedule import learning_rate
 from fedpeft.errors import NotFinite
+from fedpeft.privacy.skellam import grid_for
 from fedpeft.protocol.job import Job
 from fedpeft.protocol.records import KINDS
-from fedpeft.secagg import STAGES
+from fedpeft.secagg import STAGES, Quantiser
 
 MESSAGE_TYPES: Final = frozenset(
     {*KINDS, *(f"{kind}.{stage}" for kind in KINDS for stage in STAGES)}
 )
 """Everything that a server may ask: at once (``sealed``), or in the steps of a secure sum."""
 
-INTEGERS: Final = ("num-examples", "nll", "tokens", "clipped")
-"""Training rows, summed loss in fixed point, target tokens, clipped coordinates."""
+INTEGERS: Final = ("num-examples", "nll", "tokens", "clipped", "within-clip")
+"""Training rows, summed loss in fixed point, target tokens, clipped coordinates, and
+whether the update was within the clip norm of clinic-level privacy (0 or 1)."""
 _FRACTION_BITS: Final = 16
+
+GRID_BITS: Final = 24
+"""Bits of a coordinate under distributed noise: whole numbers, which float32 holds exactly."""
+
+
+def grid_limit() -> float:
+    """Return the range of such a coordinate, so that its quantisation changes nothing."""
+    return float(Quantiser(GRID_BITS, 1.0).centre)
+
+
+def wrapped(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return whole numbers modulo 2^24 - 1, int64 from -(2^23 - 1) to 2^23 - 1.
+
+    Of the sum of wrapped vectors, wrapped again, the whole is the sum of the vectors
+    themselves, wrapped: so of distributed noise nothing is lost that the analysis of
+    the sum counts on. Values that are merely cut off would not add up.
+    """
+    centre = int(grid_limit())
+    return (values + centre) % (2 * centre + 1) - centre
+
+
+def counts_alike(privacy: PrivacySettings | None) -> bool:
+    """Say whether every clinic counts the same in a mean, rather than by its rows.
+
+    Noise that is added to a sum hides a clinic only as well as the largest weight allows.
+    """
+    return privacy is not None and privacy.mechanism != "local"
+
+
+def on_grid(job: Job) -> bool:
+    """Say whether clinics sum whole numbers, as distributed noise needs."""
+    return job.privacy is not None and job.privacy.mechanism == "distributed"
+
+
+def value_of_unit(job: Job, coordinates: int) -> float:
+    """Return the change of a coordinate that one unit of a clinic's summed vector stands for.
+
+    Under distributed noise the vector counts steps of a grid in the direction of the
+    gradient, of which the round takes one step of gradient descent.
+    """
+    if job.privacy is None or not on_grid(job):
+        return 1.0
+    rate = learning_rate(job.training, job.round - 1, job.rounds)
+    return -rate * grid_for(job.privacy.clip, coordinates) / job.training.batch_size
 
 
 def model_digest(job: Job, adapter: bytes) -> bytes:

@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey, MLKEM7
 
 from fedpeft.errors import SealingError, WrongSignature
 
+KEY_BYTES: Final = 32
+"""Of an Ed25519 or X25519 key, private or public."""
 SIGNATURE_BYTES: Final = 64
 _VERSION: Final = b"\x01"
-_ED25519, _X25519, _MLKEM_SEED, _MLKEM_PUBLIC = 32, 32, 64, 1184
+_ED25519, _X25519, _MLKEM_SEED, _MLKEM_PUBLIC = KEY_BYTES, KEY_BYTES, 64, 1184
 PUBLIC_BYTES: Final = len(_VERSION) + _ED25519 + _X25519 + _MLKEM_PUBLIC
 SEED_BYTES: Final = _ED25519 + _X25519 + _MLKEM_SEED
 _FIELD: Final = 2**255 - 19
@@ -49,8 +51,7 @@ class PublicIdentity:
         if int.from_bytes(self.signing_bytes, "little") % 2**255 in _WEAK:
             raise _not_an_identity()
         try:
-            # An X25519 key of small order fails here, not when somebody writes to its holder.
-            _PROBE.exchange(self._x25519)
+            # An unusable key fails here, not when somebody writes to its holder.
             _ = self.sealing_key
         except ValueError:
             raise _not_an_identity() from None
@@ -69,7 +70,7 @@ class PublicIdentity:
     @cached_property
     def _x25519(self) -> X25519PublicKey:
         at = len(_VERSION) + _ED25519
-        return X25519PublicKey.from_public_bytes(self.data[at : at + _X25519])
+        return usable_x25519(self.data[at : at + _X25519])
 
     @cached_property
     def digest(self) -> bytes:
@@ -78,9 +79,8 @@ class PublicIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """The digest's first 16 bytes as ``ab12-cd34-...``, to compare by telephone."""
-        text = self.digest[:16].hex()
-        return "-".join(text[at : at + 4] for at in range(0, len(text), 4))
+        """The :func:`fingerprint` of the identity, to compare by telephone."""
+        return fingerprint(self.data)
 
     def verify(self, signature: bytes, message: bytes, *, source: str) -> None:
         """Check that the holder of this identity signed ``message``.
@@ -169,6 +169,23 @@ class Identity:
     def __getstate__(self) -> dict[str, bytes]:
         # The key objects cannot be pickled, and follow from the seeds.
         return {"seeds": self.seeds}
+
+
+def fingerprint(data: bytes) -> str:
+    """Return the first 16 bytes of the SHA-256 of ``data`` as ``ab12-cd34-...``."""
+    text = hashlib.sha256(data).hexdigest()[:32]
+    return "-".join(text[at : at + 4] for at in range(0, len(text), 4))
+
+
+def usable_x25519(public: bytes) -> X25519PublicKey:
+    """Return an X25519 public key, unless its secrets with all others are the same zeros.
+
+    Raises:
+        ValueError: it is such a key, one of small order, or has not ``KEY_BYTES`` bytes.
+    """
+    key = X25519PublicKey.from_public_bytes(public)
+    _PROBE.exchange(key)
+    return key
 
 
 def verify(signing_bytes: bytes, signature: bytes, message: bytes, *, source: str) -> None:

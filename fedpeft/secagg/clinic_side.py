@@ -27,7 +27,7 @@ from fedpeft.errors import (
     WrongSignature,
 )
 from fedpeft.sealing import Identity
-from fedpeft.sealing.identity import verify
+from fedpeft.sealing.identity import KEY_BYTES, verify
 from fedpeft.secagg.messages import (
     Advert,
     Entry,
@@ -42,7 +42,6 @@ from fedpeft.secagg.messages import (
     survivors_statement,
 )
 from fedpeft.secagg.pairwise import (
-    KEY_BYTES,
     EphemeralKey,
     commitment,
     lock,
@@ -95,13 +94,16 @@ class ClinicSession:
         *,
         adversary: Adversary,
         admit: AdmitPeers,
+        least: int = 0,
     ) -> None:
+        """Begin; ``least`` is how many clinics the sum must have beyond what is always asked."""
         self._session = session
         self._name = name
         self._identity = identity
         self._contribution: Contribution | None = contribution
         self._adversary: Adversary = adversary
         self._admit = admit
+        self._least = max(least, LEAST_SUMMANDS)
         self._state = State.READY
         self._secrets: _Secrets | None = _Secrets()
         self._roster: Roster | None = None
@@ -322,7 +324,7 @@ class ClinicSession:
                 ) from None
 
     def _require_enough(self, members: Collection[int], what: str) -> None:
-        least = max(self._agreed.threshold, LEAST_SUMMANDS)
+        least = max(self._agreed.threshold, self._least)
         if len(members) < least:
             raise TooFewClinics(
                 f"{len(members)} clinics {what} where the threshold of the secure aggregation is "

@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Final
 
 from fedpeft.errors import AggregationRefused, InconsistentLists
-from fedpeft.secagg.pairwise import KEY_BYTES, TAG_BYTES
+from fedpeft.sealing.identity import KEY_BYTES, SIGNATURE_BYTES
+from fedpeft.secagg.pairwise import TAG_BYTES
 from fedpeft.secagg.session import HINT_BYTES, Session
 from fedpeft.secagg.shamir import SHARE_BYTES
 from fedpeft.secagg.threshold import MOST_CLINICS
 
-SIGNATURE_BYTES: Final = 64
 BOX_BYTES: Final = 2 * SHARE_BYTES + TAG_BYTES
 """One clinic's two shares for another, encrypted."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedpeft.errors import BadShare
+from fedpeft.sealing.identity import KEY_BYTES, usable_x25519
 
-KEY_BYTES: Final = 32
 TAG_BYTES: Final = 16
 # Each key encrypts one message only.
 _NONCE: Final = bytes(12)
@@ -67,7 +67,7 @@ def require_usable(public: bytes, source: str) -> None:
         BadShare: it is one.
     """
     try:
-        _PROBE.exchange(X25519PublicKey.from_public_bytes(public))
+        usable_x25519(public)
     except ValueError:
         raise BadShare(
             f"a key of {source} is unusable, as anybody can derive its secrets: it is not used"
@@ -108,7 +108,3 @@ def unlock(
 def commitment(secret: bytes, bound_to: bytes) -> bytes:
     """Return a SHA-256 commitment to 32 uniform secret bytes."""
     return hashlib.sha256(b"fedpeft self mask\x00" + bound_to + secret).digest()
-
-
-_PROBE: Final = X25519PrivateKey.from_private_bytes(bytes(KEY_BYTES))
-"""Any private key serves: the product with a point of small order is zero for all of them."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import BadVector, NotFinite
-from fedpeft.secagg.masking import KEYSTREAM_WORD, Keystream
+from fedpeft.keystream import KEYSTREAM_WORD, Keystream
 
 _CHUNK = 32 * 1024
 """Values rounded at once: few calls, and the buffers still stay in the second-level cache."""

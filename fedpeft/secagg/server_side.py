@@ -9,7 +9,7 @@ sends wrong is refused by itself; the others go on. Must not know Flower or torc
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,15 @@ class SecureSum:
     width: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the server does in one stage: ask, take in each answer, close."""
+
+    ask: "Callable[[Aggregation], dict[str, bytes]]"
+    take: "Callable[[Aggregation, str, bytes], None]"
+    close: "Callable[[Aggregation], None]"
+
+
 class Aggregation:
     """One secure sum; call ``requests``, ``receive`` for each answer, ``close``, five times."""
 
@@ -118,7 +127,7 @@ class Aggregation:
 
     def requests(self) -> dict[str, bytes]:
         """Return what to send in this stage, by clinic."""
-        return _REQUESTS[self._stage](self) if self._stage in _REQUESTS else {}
+        return self._STEPS[self._stage].ask(self) if self._stage in self._STEPS else {}
 
     def receive(self, name: str, data: bytes) -> None:
         """Take in the answer of the clinic ``name``.
@@ -128,9 +137,9 @@ class Aggregation:
             AggregationRefused, WrongSignature, BadVector: the answer cannot be used; it
                 has changed nothing.
         """
-        if self._stage not in _RECEIVE or name in self._answered or not self._is_asked(name):
+        if self._stage not in self._STEPS or name in self._answered or not self._is_asked(name):
             raise OutOfOrder(f"clinic {name} answers what it was not asked: it is not used")
-        _RECEIVE[self._stage](self, name, data)
+        self._STEPS[self._stage].take(self, name, data)
         self._answered.add(name)
 
     def close(self) -> None:
@@ -144,11 +153,11 @@ class Aggregation:
             BadVector: masks are left in the sum, as somebody sent a false vector.
             OutOfOrder: all stages are over.
         """
-        if self._stage not in _CLOSE:
+        if self._stage not in self._STEPS:
             raise OutOfOrder("the secure sum is over")
         at = STAGES.index(self._stage) + 1
         try:
-            _CLOSE[self._stage](self)
+            self._STEPS[self._stage].close(self)
         except BaseException:
             self._end()
             raise
@@ -311,9 +320,8 @@ class Aggregation:
 
     def _decoded(self) -> SecureSum:
         layout, coordinates = self._words, self._terms.coordinates
-        reduce_width(self._accumulator, layout.width)
         sums = self._accumulator
-        self._accumulator = np.zeros(0, np.uint32)
+        reduce_width(sums, layout.width)
         return SecureSum(
             coordinates=self._terms.quantiser.dequantise(sums[:coordinates], len(self._survivors)),
             integers=layout.decode_integers(sums[coordinates:]),
@@ -343,6 +351,15 @@ class Aggregation:
         if self._layout is None:
             raise OutOfOrder("the clinics have not advertised their keys yet")
         return self._layout
+
+    # The one place that says what happens in which stage.
+    _STEPS: ClassVar[Mapping[str, _Step]] = {
+        "keys": _Step(_ask_keys, _take_keys, _close_keys),
+        "shares": _Step(_ask_shares, _take_shares, _close_shares),
+        "masked": _Step(_ask_masked, _take_masked, _close_masked),
+        "check": _Step(_ask_check, _take_check, _close_check),
+        "unmask": _Step(_ask_unmask, _take_unmask, _close_unmask),
+    }
 
 
 class _Opening:
@@ -389,28 +406,3 @@ def _groups(openers: Sequence[int], threshold: int) -> "list[tuple[int, ...]]":
         (*(each for each in first if each != left_out), spare[0]) for left_out in first if spare
     )
     return [tuple(first), *without]
-
-
-_Receiver = Callable[[Aggregation, str, bytes], None]
-# The one place that says what happens in which stage.
-_REQUESTS: Final[dict[str, Callable[[Aggregation], dict[str, bytes]]]] = {
-    "keys": Aggregation._ask_keys,  # pyright: ignore[reportPrivateUsage]
-    "shares": Aggregation._ask_shares,  # pyright: ignore[reportPrivateUsage]
-    "masked": Aggregation._ask_masked,  # pyright: ignore[reportPrivateUsage]
-    "check": Aggregation._ask_check,  # pyright: ignore[reportPrivateUsage]
-    "unmask": Aggregation._ask_unmask,  # pyright: ignore[reportPrivateUsage]
-}
-_RECEIVE: Final[dict[str, _Receiver]] = {
-    "keys": Aggregation._take_keys,  # pyright: ignore[reportPrivateUsage]
-    "shares": Aggregation._take_shares,  # pyright: ignore[reportPrivateUsage]
-    "masked": Aggregation._take_masked,  # pyright: ignore[reportPrivateUsage]
-    "check": Aggregation._take_check,  # pyright: ignore[reportPrivateUsage]
-    "unmask": Aggregation._take_unmask,  # pyright: ignore[reportPrivateUsage]
-}
-_CLOSE: Final[dict[str, Callable[[Aggregation], None]]] = {
-    "keys": Aggregation._close_keys,  # pyright: ignore[reportPrivateUsage]
-    "shares": Aggregation._close_shares,  # pyright: ignore[reportPrivateUsage]
-    "masked": Aggregation._close_masked,  # pyright: ignore[reportPrivateUsage]
-    "check": Aggregation._close_check,  # pyright: ignore[reportPrivateUsage]
-    "unmask": Aggregation._close_unmask,  # pyright: ignore[reportPrivateUsage]
-}

@@ -7,13 +7,19 @@ from fedpeft.config import FederationSettings
 from fedpeft.errors import ConfigError
 from fedpeft.sealing import Identity, PublicIdentity
 from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.settings import ConfidentialitySettings, DataSettings
+from fedpeft_client.settings import BudgetSettings, ConfidentialitySettings, DataSettings
 
 
 def simulated_clinics(
-    settings: FederationSettings, model: Path, server: PublicIdentity, *, relative_to: Path
+    settings: FederationSettings,
+    model: Path,
+    server: PublicIdentity,
+    *,
+    relative_to: Path,
+    ledgers: Path,
 ) -> Sequence[Clinic]:
-    """Return the clinics in the order of the file; data paths count from ``relative_to``.
+    """Return the clinics in the order of the file; data paths count from ``relative_to``,
+    and privacy ledgers of this run alone lie in ``ledgers``.
 
     Each gets an identity of its own, and demands of the server ``server`` what the
     federation offers: one file speaks for both sides.
@@ -31,6 +37,12 @@ def simulated_clinics(
         require_secagg=settings.aggregation.confidentiality == "secagg",
         adversary=settings.aggregation.adversary,
     )
+    privacy = settings.privacy
+    allowed = BudgetSettings(
+        trust_central_noise=True,
+        exact_losses=privacy is not None and privacy.exact_losses,
+    )
+    ledgers.mkdir(parents=True, exist_ok=True)
     return [
         Clinic(
             name=entry.name,
@@ -45,6 +57,9 @@ def simulated_clinics(
             ),
             dtype=settings.model.dtype,
             aggregation=demands,
+            ledger=ledgers / f"{entry.name}.sqlite",
+            privacy=allowed,
+            test_seed=privacy and privacy.test_seed,
         )
         for entry in settings.clinic
     ]

@@ -14,7 +14,12 @@ from rich.progress import (
 
 from fedpeft.console import people
 from fedpeft.training import StepDone
-from fedpeft_server.narration import doing_of, failure_sentences, round_sentence
+from fedpeft_server.narration import (
+    doing_of,
+    failure_sentences,
+    privacy_sentences,
+    round_sentence,
+)
 from fedpeft_server.run_directory import RoundRecord
 
 
@@ -50,6 +55,10 @@ class Stage:
             doing = f"round {number}/{self._rounds} · {len(clinics)} clinics {verb}"
             self._progress.update(self._task, doing=doing)
 
+    def warned(self, sentence: str) -> None:
+        """Show what should be known before the run goes on."""
+        self._tell(f"warning: {sentence}")
+
     def round_repeated(self, number: int, why: str) -> None:
         """Show that a round has to be repeated."""
         self._tell(f"round {number} is repeated: {why}")
@@ -63,6 +72,11 @@ class Stage:
         if not self._quiet:
             self._tell(round_sentence(record, self._rounds))
         for sentence in failure_sentences(record):
+            self._tell(sentence)
+
+    def finished(self, records: list[RoundRecord]) -> None:
+        """Show what the run has cost."""
+        for sentence in privacy_sentences(records):
             self._tell(sentence)
 
     def _tell(self, line: str) -> None:

@@ -104,6 +104,7 @@ def _settings(clinic: Clinic, threads: int, enrolment: Enrolment) -> ClientSetti
         ),
         limits=LimitSettings(threads=threads, min_free_disk_mb=0),
         aggregation=clinic.aggregation,
+        privacy=clinic.privacy.model_copy(update={"ledger": clinic.ledger.resolve()}),
     )
 
 

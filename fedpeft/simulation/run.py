@@ -51,11 +51,23 @@ def simulate(
             "aggregation stay in one; use --engine local or flower, or simulate without it: "
             "--set aggregation.confidentiality=sealed"
         )
+    seeded = settings.privacy is not None and settings.privacy.test_seed is not None
+    if seeded and simulation.engine == "flower":
+        raise ConfigError(
+            "privacy.test_seed is for engines in which clinics are no real boxes, and those of the "
+            "engine 'flower' are; use --engine local, or leave the seed out"
+        )
     model = resolve_base(settings.model.base, relative_to=simulation.relative_to)
     if settings.model.fingerprint is not None:
         require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
     server = Identity.generate()
-    clinics = simulated_clinics(settings, model, server.public, relative_to=simulation.relative_to)
+    clinics = simulated_clinics(
+        settings,
+        model,
+        server.public,
+        relative_to=simulation.relative_to,
+        ledgers=simulation.out / "ledgers",
+    )
     schema = adapter_schema(model, settings.adapter)
     strategy = build_strategy(settings.strategy.name, schema)
     directory = RunDirectory(simulation.out, settings, engine=simulation.engine)

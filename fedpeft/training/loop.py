@@ -1,27 +1,26 @@
 """The one training loop: a clinic's steps of one round, on its own rows.
 
-Loss is the token mean over the answer tokens of the logical batch, whatever
-the micro-batches, so gradient accumulation changes memory and not the result.
+It knows optimiser, schedule and progress; where a step's gradient comes from, with
+privacy or without, is up to a :class:`fedpeft.training.steps.Steps`.
 Errors and events carry counts and row numbers, never text.
 """
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from fedpeft.config import TrainingSettings
+from fedpeft.config.schedule import learning_rate
 from fedpeft.data import EncodedExample
-from fedpeft.errors import AdapterUnchanged, NotFinite, TrainingError
+from fedpeft.errors import AdapterUnchanged, TrainingError
 from fedpeft.models import AdaptedModel
-from fedpeft.training.batches import Place, derived_seed, plan_round
-from fedpeft.training.collate import Batch, collate
+from fedpeft.training.batches import Place
 from fedpeft.training.optimizer import build_optimizer
-from fedpeft.training.schedule import learning_rate
+from fedpeft.training.plain import PlainSteps
+from fedpeft.training.private import PrivateRound, PrivateSteps
+from fedpeft.training.steps import StepLoss, seeded_dropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,12 @@ class StepDone:
 class TrainingResult:
     """What a round of local training did.
 
-    ``loss`` is the token-weighted mean over the steps, in nats per target token;
-    ``tokens`` counts the tokens read, padding excluded.
+    ``loss`` is the token-weighted mean over the steps, in nats per target token, and
+    ``tokens`` counts the tokens read, padding excluded. Of a private round, ``loss`` is
+    the mean over the sampled rows of their own means (0 if none was sampled), and
+    ``unusable_units`` counts the gradients that were not finite and so counted as zero.
+
+    No noise protects these figures: those of a private round must stay on this machine.
     """
 
     steps: int
@@ -48,6 +51,7 @@ class TrainingResult:
     target_tokens: int
     tokens: int
     seconds: float
+    unusable_units: int = 0
 
 
 Observer = Callable[[StepDone], None]
@@ -59,102 +63,52 @@ def train(
     settings: TrainingSettings,
     place: Place,
     observe: Observer | None = None,
+    private: PrivateRound | None = None,
 ) -> TrainingResult:
-    """Train the adapter in ``model`` in place for one round.
+    """Train the adapter in ``model`` in place for one round, by DP-SGD if ``private``.
 
     Raises:
         TrainingError: there are no rows, or the optimiser does not fit the hardware.
         NotFinite: loss or gradient became NaN or infinite; names step and row numbers.
+        NotSeparable: no clip would bound a record's effect; ``private`` only.
+        DataError: patients are to be protected and a record names none.
         AdapterUnchanged: no step changed the adapter, so there is nothing to send.
     """
     if not examples:
         raise TrainingError(f"clinic {place.clinic} has no rows to train on; add records")
-    lengths = [len(example.input_ids) for example in examples]
-    plan = plan_round(lengths, settings, place)
     optimizer = build_optimizer(model.weights, settings)
     start = model.weights.detach().clone()
+    if private is None:
+        steps = PlainSteps(model, examples, settings, place, start)
+    else:
+        steps = PrivateSteps(model, examples, settings, private, start)
     model.train_mode(gradient_checkpointing=settings.gradient_checkpointing)
-    began, losses, target_tokens, tokens = time.perf_counter(), 0.0, 0, 0
-    with _seeded_dropout(model, settings, place):
-        for number, rows in enumerate(plan.batches):
-            batch = [examples[row] for row in rows]
-            loss, targets = _accumulate(model, batch, settings)
-            norm = _constrain_gradient(model, start, settings)
-            _require_finite(loss, norm, number + 1, batch, place)
-            rate = learning_rate(settings, plan.first_step + number, plan.total_steps)
+    began, done = time.perf_counter(), list[StepLoss]()
+    first, total = (place.round - 1) * steps.count, place.rounds * steps.count
+    with seeded_dropout(model, steps.dropout_seed):
+        for step in range(1, steps.count + 1):
+            done.append(steps.compute(step))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(settings, first + step - 1, total)
             optimizer.step()
-            losses += loss * targets
-            target_tokens += targets
-            tokens += sum(lengths[row] for row in rows)
             if observe is not None:
-                speed = tokens / (time.perf_counter() - began)
-                observe(StepDone(place, number + 1, len(plan.batches), loss, speed))
+                speed = sum(one.tokens for one in done) / (time.perf_counter() - began)
+                observe(StepDone(place, step, steps.count, done[-1].loss, speed))
     if torch.equal(start, model.weights):
         raise AdapterUnchanged(
-            f"clinic {place.clinic} trained {len(plan.batches)} steps in round {place.round} and "
+            f"clinic {place.clinic} trained {steps.count} steps in round {place.round} and "
             "the adapter did not change; check training.learning_rate and adapter.target_modules"
         )
-    seconds = time.perf_counter() - began
+    return _summary(done, time.perf_counter() - began)
+
+
+def _summary(done: Sequence[StepLoss], seconds: float) -> TrainingResult:
+    terms = sum(step.terms for step in done)
     return TrainingResult(
-        len(plan.batches), losses / max(1, target_tokens), target_tokens, tokens, seconds
-    )
-
-
-@contextlib.contextmanager
-def _seeded_dropout(
-    model: AdaptedModel, settings: TrainingSettings, place: Place
-) -> Generator[None]:
-    """Draw dropout from the seed of clinic and round, and leave torch's generators as they were."""
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        if model.settings.dropout:
-            torch.manual_seed(derived_seed(settings.seed, "dropout", place.clinic, place.round))
-        yield
-
-
-def _accumulate(
-    model: AdaptedModel, rows: Sequence[EncodedExample], settings: TrainingSettings
-) -> tuple[float, int]:
-    """Leave the gradient of the batch's mean loss in ``gradient``; return loss and targets."""
-    size = settings.micro_batch_size or len(rows)
-    parts = [collate(rows[at : at + size], model.device) for at in range(0, len(rows), size)]
-    targets = sum(int(part.targets.sum()) for part in parts)
-    model.gradient.zero_()
-    loss = torch.zeros((), device=model.device)
-    for part in parts:
-        share = _summed_loss(model, part) / max(1, targets)
-        share.backward()  # pyright: ignore[reportUnknownMemberType]
-        loss += share.detach()
-    return float(loss), targets
-
-
-def _summed_loss(model: AdaptedModel, batch: Batch) -> torch.Tensor:
-    logits = model.target_logits(batch.input_ids, batch.targets)
-    return cross_entropy(logits.float(), batch.labels, reduction="sum")
-
-
-def _constrain_gradient(
-    model: AdaptedModel, start: torch.Tensor, settings: TrainingSettings
-) -> torch.Tensor:
-    """Add the proximal term, clip in place, and return the norm before clipping."""
-    gradient = model.gradient
-    if settings.proximal_mu:
-        gradient.add_(model.weights.detach() - start, alpha=settings.proximal_mu)
-    norm = torch.linalg.vector_norm(gradient)
-    gradient.mul_(torch.clamp(settings.clip_norm / (norm + 1e-6), max=1.0))
-    return norm
-
-
-def _require_finite(
-    loss: float, norm: torch.Tensor, step: int, rows: Sequence[EncodedExample], place: Place
-) -> None:
-    if math.isfinite(loss) and math.isfinite(float(norm)):
-        return
-    numbers = ", ".join(str(example.row) for example in rows)
-    raise NotFinite(
-        f"clinic {place.clinic}: the loss is {loss} and the gradient norm {float(norm)} at step "
-        f"{step} of round {place.round} (rows {numbers}); lower training.learning_rate or look "
-        "at those rows"
+        steps=len(done),
+        loss=sum(step.loss * step.terms for step in done) / max(1, terms),
+        target_tokens=sum(step.target_tokens for step in done),
+        tokens=sum(step.tokens for step in done),
+        seconds=seconds,
+        unusable_units=sum(step.unusable for step in done),
     )

@@ -11,7 +11,7 @@ from fedpeft.errors import TrainingError
 def build_optimizer(
     weights: torch.nn.Parameter, settings: TrainingSettings
 ) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov & Hutter 2019), or its 8-bit paged form on CUDA.
+    """Return AdamW (Loshchilov & Hutter 2019), its 8-bit paged form on CUDA, or plain SGD.
 
     Raises:
         TrainingError: the 8-bit form was asked for where there is no CUDA device.
@@ -19,6 +19,10 @@ def build_optimizer(
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             [weights], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            [weights], lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
     if weights.device.type != "cuda":
         raise TrainingError(

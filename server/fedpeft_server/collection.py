@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from fedpeft.config import Confidentiality
 from fedpeft.errors import FederationError
 from fedpeft.protocol import CONTENT_KEY, JOB, Job, Payload, blob_of, job_from, raw
+from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
 from fedpeft.sealing import seal_broadcast
 from fedpeft_server.channel import Letter
 
@@ -45,7 +46,9 @@ class Collected:
 
     ``replies`` are for the strategy, each with an update and its sums: one for each
     clinic, or one for all. ``losses`` holds the validation loss of those clinics that
-    the server may know, ``trouble`` a sentence if there is no result.
+    the server may know, ``trouble`` a sentence if there is no result. ``privacy`` is what
+    the clinics report of their losses, and ``within_clip`` counts the updates that
+    clinic-level privacy left uncut.
     """
 
     participants: tuple[str, ...] = ()
@@ -54,6 +57,8 @@ class Collected:
     losses: dict[str, float] = field(default_factory=dict[str, float])
     confidentiality: ConfidentialityRecord | None = None
     trouble: str = ""
+    privacy: dict[str, ClinicPrivacy] = field(default_factory=dict[str, ClinicPrivacy])
+    within_clip: int = 0
 
 
 class Collector(Protocol):
@@ -88,6 +93,18 @@ def orders_of(messages: Iterable[Message]) -> list[Order]:
             raise FederationError("the strategy sends a clinic no adapter")
         orders.append(Order(message.metadata.dst_node_id, job_from(message.content), adapter))
     return orders
+
+
+def privacy_of(name: str, payload: Payload, job: Job) -> dict[str, ClinicPrivacy]:
+    """Return what a clinic reports of its privacy loss, by its name, if the job has it do so.
+
+    Raises:
+        AdapterError: it has to report and does not.
+    """
+    if job.privacy is None or job.privacy.mechanism == "central":
+        return {}
+    text = payload.fields.get(PRIVACY, "")
+    return {name: clinic_privacy(str(text), source=f"clinic {name}")}
 
 
 class Printer:

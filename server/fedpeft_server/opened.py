@@ -24,9 +24,17 @@ from fedpeft.protocol import (
     metric_from,
     metric_record,
 )
+from fedpeft.protocol.privacy import ClinicPrivacy
 from fedpeft.protocol.records import Metric
 from fedpeft_server.channel import Channel
-from fedpeft_server.collection import Collected, ConfidentialityRecord, Kind, Printer, orders_of
+from fedpeft_server.collection import (
+    Collected,
+    ConfidentialityRecord,
+    Kind,
+    Printer,
+    orders_of,
+    privacy_of,
+)
 
 _METRICS: Mapping[Kind, tuple[Metric, ...]] = {
     "train": (NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS),
@@ -49,9 +57,12 @@ class OpenedCollector:
         letters = {order.node: printer.letter(order) for order in orders}
         nodes = {name: node for node, name in self._channel.names().items()}
         replies: dict[str, Message] = {}
+        privacy: dict[str, ClinicPrivacy] = {}
 
         def accept(name: str, payload: Payload) -> None:
             content = self._content(kind, name, payload)
+            if kind == TRAIN:
+                privacy.update(privacy_of(name, payload, orders[0].job))
             replies[name] = Message(content, nodes[name], kind)
 
         failed = self._channel.ask(
@@ -71,6 +82,7 @@ class OpenedCollector:
                 bits=None,
                 wire_bytes_per_coordinate=width,
             ),
+            privacy=privacy,
         )
 
     def _content(self, kind: Kind, name: str, payload: Payload) -> RecordDict:

@@ -6,6 +6,7 @@ on after a crash, so the loop is ours and calls the strategy's hooks.
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from flwr.app import Message
@@ -23,7 +24,6 @@ from fedpeft.protocol import (
     VALID_NLL,
     VALID_TOKENS,
     Job,
-    SumTerms,
     array_record,
     config_record,
     mean_loss,
@@ -34,8 +34,10 @@ from fedpeft_server.channel import Channel
 from fedpeft_server.collection import Collected, Collector, Kind
 from fedpeft_server.link import Link
 from fedpeft_server.opened import OpenedCollector
+from fedpeft_server.privacy_record import PrivacyRecord
 from fedpeft_server.quantisation_range import first_limit
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
+from fedpeft_server.shield import shield_of
 from fedpeft_server.summed import SummedCollector
 
 _POLL_S = 0.2
@@ -55,12 +57,20 @@ class Watcher(Protocol):
         """
         ...
 
+    def warned(self, sentence: str) -> None:
+        """Something about the run should be known before it goes on."""
+        ...
+
     def round_repeated(self, number: int, why: str) -> None:
         """Too few usable answers came."""
         ...
 
     def round_finished(self, record: RoundRecord) -> None:
         """A round is aggregated and durable."""
+        ...
+
+    def finished(self, records: list[RoundRecord]) -> None:
+        """The run has come to its end; ``records`` are all of its rounds."""
         ...
 
 
@@ -83,6 +93,7 @@ class Federation:
         self._watcher = watcher
         self._identity = identity
         self._limit = settings.aggregation.limit or first_limit(settings.training)
+        self._shield = shield_of(settings, schema)
 
     def run(self, link: Link) -> None:
         """Run the rounds that are not finished yet.
@@ -92,6 +103,8 @@ class Federation:
             StorageError: a finished round cannot be written, or another run lies there.
         """
         last = self._directory.open(self._schema.fingerprint)
+        if caution := self._shield.caution(len(link.names())):
+            self._watcher.warned(caution)
         collector = self._collector(link)
         if last is None:
             state = initial_state(self._schema, self._settings.training.seed)
@@ -102,15 +115,24 @@ class Federation:
         else:
             state = self._directory.adapter_of(last, self._schema)
             self._directory.publish(state)
-            self._follow(self._directory.records()[-1])
+            for record in self._directory.records():
+                self._follow(record)
+        if released := self._directory.released():
+            self._shield.follow(released)
         for number in range(last + 1, self._settings.rounds.count + 1):
             if self._out_of_patience():
                 break
             watch = _Stopwatch(link)
-            trained = self._insist(link, collector, number, TRAIN, state)
+            trained, privacy = self._shield.release(
+                self._insist(link, collector, number, TRAIN, state)
+            )
+            if privacy is not None and privacy.next_clip is not None:
+                # The clinics' ledgers remember what they spent; of this server's noise nobody does.
+                self._directory.note_release(privacy)
             state, loss = self._aggregate(number, trained)
             evaluated = self._collect(link, collector, number, 1, EVALUATE, state)
-            self._finish(number, watch, (trained, loss), evaluated, state)
+            self._finish(number, watch, _Half(trained, loss, privacy), evaluated, state)
+        self._watcher.finished(self._directory.records())
 
     def _collector(self, link: Link) -> Collector:
         """Return the way in which answers are collected under the federation's settings."""
@@ -129,6 +151,7 @@ class Federation:
             self._schema,
             aggregation,
             minimum=self._settings.rounds.minimum_clinics,
+            least=self._shield.least,
             told=self._watcher.asked,
         )
 
@@ -190,34 +213,37 @@ class Federation:
         self,
         number: int,
         watch: "_Stopwatch",
-        trained: tuple[Collected, float | None] | None,
+        half: "_Half | None",
         evaluated: Collected,
         state: AdapterState,
     ) -> None:
-        """Make the round durable and say so; ``trained`` is None in round 0."""
+        """Make the round durable and say so; ``half`` is None in round 0."""
         metrics = self._strategy.aggregate_evaluate(number, evaluated.replies)
         overall = mean_loss(metrics, VALID_NLL, VALID_TOKENS) if metrics is not None else None
-        half, loss = trained or (Collected(), None)
-        failed = {**evaluated.failed, **half.failed}
+        trained = half.trained if half else Collected()
+        failed = {**evaluated.failed, **trained.failed}
         up, down, seconds = watch.read()
         record = RoundRecord(
             round=number,
-            participants=half.participants,
+            participants=trained.participants,
             failed=tuple(FailedClinic(clinic=n, reason=r) for n, r in sorted(failed.items())),
-            train_loss=loss,
+            train_loss=half.loss if half else None,
             valid_loss=overall,
             per_clinic=evaluated.losses,
             bytes_up=up,
             bytes_down=down,
             seconds=seconds,
-            confidentiality=(half if trained else evaluated).confidentiality,
+            confidentiality=(trained if half else evaluated).confidentiality,
+            privacy=half.privacy if half else None,
         )
         self._directory.save_round(record, state)
         self._follow(record)
         self._watcher.round_finished(record)
 
     def _follow(self, record: RoundRecord) -> None:
-        """Quantise the next round in the range that the last one suggests, unless one is set."""
+        """Quantise and clip the next round as the last one suggests."""
+        if record.privacy is not None:
+            self._shield.follow(record.privacy)
         found = record.confidentiality.next_limit if record.confidentiality else None
         if self._settings.aggregation.limit is None and found is not None:
             self._limit = found
@@ -271,15 +297,20 @@ class Federation:
             quantization=self._settings.model.quantization,
             adapter=self._settings.adapter,
             training=self._settings.training,
-            aggregation=SumTerms(
-                confidentiality=self._settings.aggregation.confidentiality,
-                adversary=self._settings.aggregation.adversary,
-                bits=self._settings.aggregation.bits,
-                limit=self._limit,
-            ),
+            aggregation=self._shield.terms(self._limit),
+            privacy=self._shield.asked(),
             round=number,
             rounds=self._settings.rounds.count,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """The first half of a round: what was trained, its mean loss, and what it cost."""
+
+    trained: Collected
+    loss: float | None
+    privacy: PrivacyRecord | None
 
 
 class _Stopwatch:

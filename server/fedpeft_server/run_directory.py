@@ -4,6 +4,7 @@
     rounds/N/adapter/       the adapter after round N (stock PEFT; N = 0: the start)
     rounds/N/round.json     what happened in round N
     adapter/                the adapter after the last finished round
+    released.json           what was spent before the last mean left, where the server adds noise
     summary.json            everything above in one file
 
 A round appears by one rename, so it is there whole or not at all.
@@ -22,11 +23,13 @@ from fedpeft.config import FederationSettings
 from fedpeft.errors import StorageError
 from fedpeft.storage import explained, sync_directory, write_atomically
 from fedpeft_server.collection import ConfidentialityRecord
+from fedpeft_server.privacy_record import PrivacyRecord, summary_of
 
 SCHEMA = 1
-_BESIDE = {"data", "logs", "compared"}
+_BESIDE = {"data", "logs", "compared", "ledgers"}
 """What simulations put beside a run."""
-_FREE_TO_CHANGE = {"rounds"}
+_RELEASED = "released.json"
+_FREE_TO_CHANGE = {"rounds", "release"}
 """Settings that may differ when a run goes on: they do not change what a round computes."""
 
 
@@ -53,6 +56,8 @@ class RoundRecord(BaseModel):
     seconds: float
     confidentiality: ConfidentialityRecord | None = None
     """None in rounds of release 0.1."""
+    privacy: PrivacyRecord | None = None
+    """None in rounds without noise."""
 
 
 class RunDirectory:
@@ -158,6 +163,34 @@ class RunDirectory:
             sync_directory(final.parent)
         self.publish(state)
 
+    def note_release(self, record: PrivacyRecord) -> None:
+        """Write down what a mean with noise has cost, before anybody sees it.
+
+        A run that is stopped between this and :meth:`save_round` makes the round again,
+        and has spent for both.
+
+        Raises:
+            StorageError: the disk is full or read-only.
+        """
+        write_atomically(self.path / _RELEASED, record.model_dump_json(indent=2).encode())
+
+    def released(self) -> PrivacyRecord | None:
+        """Return what was noted last; None if nothing was.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        path = self.path / _RELEASED
+        try:
+            return PrivacyRecord.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError):
+            raise StorageError(
+                f"{path} is damaged, so what the last round has cost is unknown; restore it from "
+                "a backup, or start over in another directory"
+            ) from None
+
     def publish(self, state: AdapterState) -> None:
         """Make ``state`` the run's adapter and write the summary.
 
@@ -206,7 +239,7 @@ class RunDirectory:
             },
             "confidentiality": _confidentiality(records),
             "exact_match": None,
-            "privacy": None,
+            "privacy": summary_of(self._settings, [record.privacy for record in records]),
             "peak_rss_mb": peak_rss_mb(),
         }
         write_atomically(self.path / "summary.json", _json_bytes(summary))

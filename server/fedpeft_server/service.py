@@ -32,6 +32,11 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
             "rounds.minimum_clinics = 1 would show one clinic's update to all the others; raise it "
             f"to {_LEAST_CLINICS} or more in {site.directory / 'federation.toml'}"
         )
+    if settings.privacy is not None and settings.privacy.test_seed is not None:
+        raise ConfigError(
+            "privacy.test_seed makes noise that anyone can take away again, for simulations; take "
+            f"it out of {site.directory / 'federation.toml'}"
+        )
     identity = site.identity
     schema = adapter_schema(site.model(), settings.adapter)
     federation = Federation(

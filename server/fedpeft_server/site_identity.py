@@ -12,6 +12,7 @@ from fedpeft.config import KeySettings
 from fedpeft.errors import SealingError, StorageError
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import Protection, load_identity, protection_from, save_identity
+from fedpeft.sealing.public_file import load_public_identity, public_line
 from fedpeft.storage import explained, write_once
 
 
@@ -33,7 +34,7 @@ class SiteIdentity:
         save_identity(identity, _private(directory), protection)
         path = _public(directory)
         with explained("write", path):
-            write_once(path, f"{identity.public.to_text()}\n".encode("ascii"), mode=0o644)
+            write_once(path, public_line(identity.public), mode=0o644)
         return cls(directory, identity.public)
 
     @classmethod
@@ -51,11 +52,9 @@ class SiteIdentity:
                     "a new site and invite the clinics again"
                 )
         path = _public(directory)
-        with explained("read", path):
-            content = path.read_bytes()
         try:
-            return cls(directory, PublicIdentity.from_text(content.decode("ascii").strip()))
-        except (UnicodeDecodeError, SealingError) as error:
+            return cls(directory, load_public_identity(path))
+        except SealingError as error:
             raise StorageError(
                 f"{path} is damaged or of another release: restore it from the backup"
             ) from error

@@ -7,8 +7,9 @@ rows together, their summed losses. That is all a linear strategy needs.
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedpeft.adapters import DTYPES, AdapterSchema, AdapterState
 from fedpeft.config import AggregationSettings
@@ -22,11 +23,21 @@ from fedpeft.protocol import (
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
+    Job,
     Payload,
     array_record,
     metric_record,
 )
-from fedpeft.protocol.sums import INTEGERS, from_fixed_point, model_digest
+from fedpeft.protocol.privacy import ClinicPrivacy
+from fedpeft.protocol.sums import (
+    INTEGERS,
+    counts_alike,
+    from_fixed_point,
+    model_digest,
+    on_grid,
+    value_of_unit,
+    wrapped,
+)
 from fedpeft.secagg import STAGES, Aggregation, Quantiser, SecureSum, Session, Terms
 from fedpeft.secagg.packing import packed_bytes
 from fedpeft_server.channel import Channel, Letter
@@ -37,6 +48,7 @@ from fedpeft_server.collection import (
     Order,
     Printer,
     orders_of,
+    privacy_of,
 )
 from fedpeft_server.quantisation_range import next_limit
 
@@ -54,12 +66,15 @@ class SummedCollector:
         settings: AggregationSettings,
         *,
         minimum: int,
+        least: int,
         told: Told,
     ) -> None:
+        """Collect sums of at least ``minimum`` clinics, and open none of fewer than ``least``."""
         self._channel = channel
         self._schema = schema
         self._settings = settings
         self._minimum = minimum
+        self._least = least
         self._told = told
 
     def collect(
@@ -76,12 +91,15 @@ class SummedCollector:
             self._session(kind, number, attempt, orders[0]), self._terms(kind, orders)
         )
         failed: dict[str, str] = {}
+        privacy: dict[str, ClinicPrivacy] = {}
         for stage in STAGES:
             letters = self._letters(aggregation, orders)
             self._told(number, f"{kind}.{stage}", sorted(aggregation.requests()))
             wait = timeout_s if stage == STAGES[0] else self._settings.stage_timeout_s
 
-            def accept(name: str, payload: Payload) -> None:
+            def accept(name: str, payload: Payload, stage: str = stage) -> None:
+                if kind == TRAIN and stage == STAGES[0]:
+                    privacy.update(privacy_of(name, payload, orders[0].job))
                 aggregation.receive(name, payload.blob)
 
             failed |= self._channel.ask(
@@ -91,7 +109,7 @@ class SummedCollector:
                 aggregation.close()
             except (AggregationRefused, WrongSignature) as error:
                 return Collected(failed=failed, trouble=str(error))
-        return self._collected(kind, orders[0], aggregation.result, failed)
+        return self._collected(kind, orders[0], aggregation.result, failed, privacy)
 
     def _session(self, kind: Kind, number: int, attempt: int, order: Order) -> Session:
         return Session(
@@ -110,7 +128,7 @@ class SummedCollector:
         return Terms(
             identities={name: keys[name] for name in asked},
             adversary=self._settings.adversary,
-            threshold=self._settings.threshold,
+            threshold=max(self._settings.threshold or 0, self._least) or None,
             minimum=self._minimum,
             coordinates=self._schema.numel if kind == TRAIN else 0,
             integers=INTEGERS,
@@ -127,7 +145,12 @@ class SummedCollector:
         return {nodes[name]: Letter(Payload(blob=data)) for name, data in requests.items()}
 
     def _collected(
-        self, kind: Kind, order: Order, total: SecureSum, failed: dict[str, str]
+        self,
+        kind: Kind,
+        order: Order,
+        total: SecureSum,
+        failed: dict[str, str],
+        privacy: dict[str, ClinicPrivacy],
     ) -> Collected:
         rows, tokens = total.integers["num-examples"], total.integers["tokens"]
         nll = from_fixed_point(total.integers["nll"])
@@ -137,7 +160,7 @@ class SummedCollector:
                     failed=failed, trouble="the clinics together report fewer rows than clinics"
                 )
             metrics = metric_record({NUM_EXAMPLES: rows, TRAIN_NLL: nll, TRAIN_TOKENS: tokens})
-            content = RecordDict({METRICS: metrics, ARRAYS: self._mean(total, rows)})
+            content = RecordDict({METRICS: metrics, ARRAYS: self._mean(order.job, total)})
         else:
             metrics = metric_record({NUM_EXAMPLES: rows, VALID_NLL: nll, VALID_TOKENS: tokens})
             content = RecordDict({METRICS: metrics})
@@ -147,10 +170,19 @@ class SummedCollector:
             failed={name: why for name, why in failed.items() if name not in total.survivors},
             replies=(Message(content, order.node, kind),),
             confidentiality=self._record(kind, order, total, rows),
+            # All of them: a clinic that fell away spent its privacy nevertheless.
+            privacy=privacy,
+            within_clip=total.integers["within-clip"],
         )
 
-    def _mean(self, total: SecureSum, rows: int):
-        values = torch.from_numpy(total.coordinates / rows).to(DTYPES[self._schema.dtype])
+    def _mean(self, job: Job, total: SecureSum) -> ArrayRecord:
+        alike = counts_alike(job.privacy)
+        weight = len(total.survivors) if alike else total.integers["num-examples"]
+        coordinates = total.coordinates
+        if on_grid(job):
+            coordinates = wrapped(coordinates.astype(np.int64)).astype(np.float64)
+        mean = coordinates * (value_of_unit(job, self._schema.numel) / weight)
+        values = torch.from_numpy(mean).to(DTYPES[self._schema.dtype])
         return array_record(AdapterState(self._schema, values), "update")
 
     def _record(

@@ -36,7 +36,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fedpeft.errors import FederationError, StorageError
-from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
+from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
 from fedpeft.sealing import PublicIdentity
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.grid import Arrival, FederationGrid
@@ -44,9 +44,6 @@ from fedpeft_server.listener import Listener, bind, tls_context
 from fedpeft_server.pki import Authority
 from fedpeft_server.public_door import PublicDoor
 from fedpeft_server.wire_meter import WireMeter, metered_protocol
-
-FAB_ID: Final = "fedpeft/fedpeft"
-"""The app name that fixed clients answer to; no app is ever packed or sent under it."""
 
 # The store gives a run up after 60 s without a sign of life.
 _HEARTBEAT_S: Final = 15.0

@@ -10,13 +10,16 @@ from typing import Any, cast
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter, to_bytes
-from fedpeft.config import AdapterSettings, TrainingSettings
+from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.data import encode, read_records
 from fedpeft.evaluation import score
 from fedpeft.models import adapter_schema, fingerprint, initial_state
+from fedpeft.privacy.accounting import epsilon_of
+from fedpeft.privacy.charge import Charge
+from fedpeft.privacy.ledger import Ledger
 from fedpeft.protocol import (
     ARRAYS,
     CONFIG,
@@ -42,13 +45,19 @@ from fedpeft.protocol import (
     raw,
     state_from,
 )
+from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
 from fedpeft.protocol.records import Metric
 from fedpeft.sealing import SERVER, Identity, clinic_role, open_sealed, seal, seal_broadcast
 from fedpeft.sealing import Context as Sealing
 from fedpeft.training import Observer, Place, train
 from fedpeft_client.app import ClinicDesk, build_client_app
 from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.settings import ConfidentialitySettings, DataSettings, LimitSettings
+from fedpeft_client.settings import (
+    BudgetSettings,
+    ConfidentialitySettings,
+    DataSettings,
+    LimitSettings,
+)
 from fedpeft_client.work import ClinicWork
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -79,6 +88,7 @@ def clinic(tiny_model: Path, tmp_path: Path) -> Clinic:
         membership=Membership(NORTH, SERVER_IDENTITY.public),
         model=tiny_model,
         data=data,
+        ledger=tmp_path / "ledger.sqlite",
         dtype="float32",
         limits=LimitSettings(max_rank=4, max_steps=5),
         aggregation=ConfidentialitySettings(require_secagg=False),
@@ -166,8 +176,11 @@ def opened(reply: Message, about: Sealing) -> Message:
         sealed, about.answer(), sender=NORTH.public, receiver=SERVER_IDENTITY, max_bytes=1 << 20
     )
     payload = Payload.from_bytes(data, source="north")
+    told = payload.fields.pop(PRIVACY, None)
     metrics = cast("dict[Metric, int | float]", payload.fields)
     content = RecordDict({METRICS: metric_record(metrics)})
+    if told is not None:
+        content[CONFIG] = ConfigRecord({PRIVACY: told})
     if payload.blob:
         content[ARRAYS] = ArrayRecord(
             {"adapter": Array("bytes", (len(payload.blob),), "fedpeft.adapter.v1", payload.blob)}
@@ -443,3 +456,101 @@ def test_the_steps_of_training_are_told_to_the_observer(clinic: Clinic):
     seen: list[int] = []
     ask(clinic, desk=desk_of(clinic, lambda done: seen.append(done.step)))
     assert seen == [1, 2]
+
+
+# Jobs with noise
+
+NOISY = PrivacySettings(unit="record", noise_multiplier=1.0)
+STEP = Charge(noise="gaussian", sampling_rate=4 / 9, noise_multiplier=1.0)
+
+
+def bounded(clinic: Clinic, **privacy: Any) -> Clinic:
+    return changed(clinic, privacy=BudgetSettings(**privacy))
+
+
+def noisy_job(clinic: Clinic, number: int = 1, **changes: Any) -> Job:
+    return job_for(clinic, privacy=NOISY.model_copy(update=changes), round=number)
+
+
+def spent(clinic: Clinic) -> dict[Charge, int]:
+    with Ledger(clinic.ledger) as ledger:
+        return {k: v for each in ledger.datasets() for k, v in ledger.charges(each.id).items()}
+
+
+def loss_told(reply: Message) -> ClinicPrivacy:
+    return clinic_privacy(str(reply.content.config_records[CONFIG][PRIVACY]), source="north")
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_a_bounded_clinic_refuses_a_job_without_noise_and_says_budget_only(
+    kind: str, clinic: Clinic, caplog: pytest.LogCaptureFixture
+):
+    seen: list[object] = []
+    strict = bounded(clinic, max_epsilon=100.0)
+    reply = ask(strict, kind, desk=desk_of(strict, seen.append))
+    assert not reply.has_content()
+    assert (reply.error.reason, seen) == ("budget", [])
+    assert_no_canary(caplog, reply)
+    assert not strict.ledger.exists() or spent(strict) == {}
+
+
+def test_the_round_beyond_the_bound_is_refused_and_costs_nothing(clinic: Clinic):
+    limit = 1.0001 * epsilon_of({STEP: 4}, 1e-5).epsilon
+    strict = bounded(clinic, max_epsilon=limit)
+    desk = desk_of(strict)
+    for number in (1, 2):
+        told = loss_told(ask(strict, desk=desk, job=noisy_job(clinic, number)))
+        assert told.epsilon is not None and told.epsilon <= limit
+    reply = ask(strict, desk=desk, job=noisy_job(clinic, 3))
+    assert (reply.has_content(), reply.error.reason) == (False, "budget")
+    assert f"{limit}" not in repr(reply.error)
+    assert spent(strict) == {STEP: 4}
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_exact_losses_are_refused_by_a_clinic_that_does_not_allow_them(kind: str, clinic: Clinic):
+    reply = ask(clinic, kind, job=noisy_job(clinic, exact_losses=True))
+    assert reply.error.reason == "refused-by-clinic"
+
+
+def test_a_noisy_answer_has_no_loss_and_no_token_in_it(clinic: Clinic):
+    content = ask(clinic, job=noisy_job(clinic)).content
+    assert set(content.metric_records[METRICS]) == {NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS}
+    assert metric_from(content, NUM_EXAMPLES) == 9
+    assert metric_from(content, TRAIN_NLL) == metric_from(content, TRAIN_TOKENS) == 0
+
+
+def test_beside_noise_validation_rows_are_not_even_read(clinic: Clinic):
+    assert clinic.data.valid is not None
+    clinic.data.valid.unlink()
+    content = ask(clinic, EVALUATE, job=noisy_job(clinic)).content
+    assert metric_from(content, VALID_NLL) == metric_from(content, VALID_TOKENS) == 0
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_exact_losses_are_told_where_both_sides_want_them(kind: str, clinic: Clinic):
+    both = bounded(clinic, exact_losses=True)
+    content = ask(both, kind, job=noisy_job(clinic, exact_losses=True)).content
+    names: tuple[Metric, Metric] = (
+        (TRAIN_NLL, TRAIN_TOKENS) if kind == TRAIN else (VALID_NLL, VALID_TOKENS)
+    )
+    assert min(metric_from(content, name) for name in names) > 0
+
+
+def test_epsilon_goes_on_over_a_restart_a_renamed_file_and_another_rank(clinic: Clinic):
+    first = loss_told(ask(clinic, job=noisy_job(clinic)))
+    renamed = clinic.data.train.rename(clinic.data.train.with_name("renamed.jsonl"))
+    moved = changed(clinic, data=clinic.data.model_copy(update={"train": renamed}))
+    second = loss_told(ask(moved, job=noisy_job(clinic)))
+    assert (first.steps, second.steps) == (2, 4)
+    assert second.epsilon == epsilon_of({STEP: 4}, 1e-5).epsilon
+
+
+def test_what_a_noisy_job_may_not_do_is_refused_with_its_reason(clinic: Clinic):
+    changes: list[dict[str, Any]] = [
+        {"epsilon": 0.1},
+        {"mechanism": "distributed", "honest_clinics": 1},
+    ]
+    for change in changes:
+        assert ask(clinic, job=noisy_job(clinic, **change)).error.reason == "privacy-refused"
+    assert spent(clinic) == {}

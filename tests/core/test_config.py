@@ -76,7 +76,14 @@ def test_an_unknown_key_names_the_nearest_known_one(
         ("[training]\nlearning_rate = 0", "training.learning_rate = 0"),
         ("[training]\nlearning_rate = inf", "training.learning_rate = inf"),
         ("[training]\nclip_norm = 0.0", "training.clip_norm = 0.0"),
-        ("[training]\noptimizer = 'sgd'", "training.optimizer = 'sgd'"),
+        ("[training]\noptimizer = 'adam'", "training.optimizer = 'adam'"),
+        ("[privacy]\nunit = 'ward'", "privacy.unit = 'ward'"),
+        ("[privacy]\nunit = 'record'\nepsilon = 0", "privacy.epsilon = 0"),
+        ("[privacy]\nunit = 'record'\ndelta = 2e-5", "privacy.delta = 2e-05"),
+        ("[privacy]\nunit = 'record'\nclip = 0", "privacy.clip = 0"),
+        ("[privacy]\nunit = 'record'\nnoise_multiplier = inf", "privacy.noise_multiplier = inf"),
+        ("[privacy]\nunit = 'record'\nrecords_per_patient = 0", "privacy.records_per_patient = 0"),
+        ("[privacy]\nunit = 'record'\ntarget_quantile = 1", "privacy.target_quantile = 1"),
         ("[training]\nbatch_size = 2.5", "training.batch_size = 2.5"),
         ("[model]\nfingerprint = 'abc'", "model.fingerprint = 'abc'"),
         ("[rounds]\ncount = 0", "rounds.count = 0"),
@@ -97,6 +104,50 @@ def test_a_micro_batch_larger_than_the_batch_is_refused(tmp_path: Path):
     assert "micro_batch_size" in refusal(
         "[training]\nbatch_size = 4\nmicro_batch_size = 8", tmp_path
     )
+
+
+RECORD = "[privacy]\nunit = 'record'\n"
+SHARED = "[privacy]\nunit = 'patient'\nmechanism = 'distributed'\nnoise_multiplier = 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (RECORD, 'noise_multiplier = "auto" needs an epsilon to aim at; set epsilon'),
+        (RECORD + "noise_multiplier = 0", "noise_multiplier must be above 0; without noise leave"),
+        (RECORD + "noise_multiplier = -1", "noise_multiplier must be above 0"),
+        ("[privacy]\nunit = 'clinic'\nepsilon = 3", 'unit = "clinic" cannot be protected by mech'),
+        (RECORD + "mechanism = 'central'\nepsilon = 3", 'cannot be protected by mechanism = "cen'),
+        ("[privacy]\nepsilon = 3", "the key 'privacy.unit' is missing"),
+        (RECORD + "noise_multipler = 3", "the nearest known key is 'privacy.noise_multiplier'"),
+    ],
+)
+def test_privacy_that_protects_nobody_is_refused(text: str, says: str, tmp_path: Path):
+    assert says in refusal(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "missing"),
+    [
+        ("training.local_steps=2", "needs training.local_steps = 1: only"),
+        ("training.optimizer=adamw", 'needs training.optimizer = "sgd": only'),
+        ("aggregation.confidentiality=sealed", 'needs aggregation.confidentiality = "secagg"'),
+        ("privacy.noise_multiplier=auto", "needs a number as privacy.noise_multiplier: only"),
+    ],
+)
+def test_noise_that_is_shared_needs_a_secure_sum_of_one_step(
+    override: str, missing: str, tmp_path: Path
+):
+    text = SHARED + "epsilon = 3\n[training]\nlocal_steps = 1\noptimizer = 'sgd'"
+    assert parse(text, tmp_path).privacy is not None
+    assert missing in refusal(text, tmp_path, override)
+
+
+def test_without_a_privacy_table_there_is_none(tmp_path: Path):
+    assert parse("", tmp_path).privacy is None
+    found = parse(RECORD + "epsilon = 8", tmp_path).privacy
+    assert found is not None
+    assert (found.mechanism, found.noise_multiplier, found.exact_losses) == ("local", "auto", False)
 
 
 def test_two_clinics_of_one_name_are_refused(tmp_path: Path):

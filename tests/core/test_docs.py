@@ -77,7 +77,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
         if inner is not None:
             yield from keys_of(inner, f"{prefix}{name}.")
         else:
-            yield prefix + name, ... if field.is_required() else field.default
+            default = str(field.default) if isinstance(field.default, Path) else field.default
+            yield prefix + name, ... if field.is_required() else default
 
 
 def documented_keys(file: str) -> dict[str, str]:

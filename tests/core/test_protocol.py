@@ -4,13 +4,15 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec
-from fedpeft.config import AdapterSettings, TrainingSettings
+from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.errors import AdapterError, ConfigError, SchemaMismatch
+from fedpeft.privacy.skellam import grid_for
 from fedpeft.protocol import (
     ARRAYS,
     CONFIG,
@@ -28,6 +30,15 @@ from fedpeft.protocol import (
     metric_record,
     state_from,
 )
+from fedpeft.protocol.privacy import ClinicPrivacy, clinic_privacy
+from fedpeft.protocol.sums import (
+    GRID_BITS,
+    counts_alike,
+    grid_limit,
+    model_digest,
+    value_of_unit,
+)
+from fedpeft.secagg import Quantiser
 
 SCHEMA = AdapterSchema((TensorSpec("m.lora_A.weight", (2, 4)),), "a" * 64)
 STATE = AdapterState(SCHEMA, torch.arange(8.0))
@@ -53,6 +64,7 @@ def altered(**changes: Any) -> str:
         ("", "its root"),
         ("[]", "its root"),
         ("{}", "federation"),
+        (altered(protocol=2), "protocol"),
         (altered(protocol=1), "protocol"),
         (altered(protocol=0), "protocol"),
         (altered(fingerprint="../x"), "fingerprint"),
@@ -63,6 +75,14 @@ def altered(**changes: Any) -> str:
         (altered(training={"data": "/etc/passwd"}), "training.data"),
         (altered(aggregation={"bits": 99}), "aggregation.confidentiality"),
         (altered(code="print(1)"), "code"),
+        (altered(privacy={}), "privacy.unit"),
+        (altered(privacy={"unit": "clinic", "noise_multiplier": 1.0}), "privacy"),
+        (altered(privacy={"unit": "record", "noise_multiplier": 0}), "privacy"),
+        (
+            altered(privacy={"unit": "record", "noise_multiplier": 1e999}),
+            "privacy.noise_multiplier.float",
+        ),
+        (altered(privacy={"unit": "record", "epsilon": 1.0, "delta": 0.1}), "privacy.delta"),
         (altered(round=-1), "round"),
         (altered(round=10), "its root"),
         (altered(rounds=0), "rounds"),
@@ -96,7 +116,79 @@ def test_a_message_without_a_job_is_refused(content: dict[str, Any]):
 
 
 def test_a_job_arrives_as_it_was_sent():
-    assert job_from(RecordDict({CONFIG: config_record(JOB)})) == JOB
+    noisy = PrivacySettings(unit="patient", noise_multiplier=0.7, delta=3e-7, clip=0.1)
+    for job in (JOB, JOB.model_copy(update={"privacy": noisy})):
+        assert job_from(RecordDict({CONFIG: config_record(job)})) == job
+
+
+def test_clinics_given_other_noise_are_given_another_model():
+    noisy = PrivacySettings(unit="patient", noise_multiplier=0.7)
+    less = noisy.model_copy(update={"noise_multiplier": 0.1})
+    jobs = [JOB.model_copy(update={"privacy": each}) for each in (None, noisy, less)]
+    assert len({model_digest(job, b"adapter") for job in jobs}) == 3
+
+
+SHARED = PrivacySettings(
+    unit="record", mechanism="distributed", noise_multiplier=1.0, honest_clinics=3, clip=0.5
+)
+
+
+def test_a_coordinate_of_shared_noise_is_a_whole_number_of_no_rounding():
+    limit = grid_limit()
+    assert limit == 2 ** (GRID_BITS - 1) - 1 < 2**24  # exact in float32
+    values = np.array([-limit, -1.0, 0.0, 1.0, limit], np.float32)
+    words = np.zeros(values.size, np.uint32)
+    quantiser = Quantiser(GRID_BITS, limit)
+    assert quantiser.quantise(values, 1, words) == 0
+    assert quantiser.dequantise(words, 1).tolist() == values.tolist()
+
+
+def test_a_unit_of_a_shared_sum_is_one_step_against_the_gradient():
+    training = TrainingSettings(
+        optimizer="sgd", learning_rate=0.3, warmup_steps=4, batch_size=5, local_steps=1
+    )
+    job = JOB.model_copy(update={"privacy": SHARED, "training": training})
+    assert value_of_unit(job, 4096) == pytest.approx(-0.15 * grid_for(0.5, 4096) / 5)
+    assert value_of_unit(JOB, 4096) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "alike"), [(None, False), ("local", False), ("distributed", True)]
+)
+def test_clinics_count_alike_where_noise_is_added_to_their_sum(mechanism: Any, alike: bool):
+    privacy = mechanism and SHARED.model_copy(update={"mechanism": mechanism})
+    assert counts_alike(privacy) is alike
+
+
+LOSS: dict[str, Any] = {
+    "epsilon": 2.5,
+    "delta": 1e-5,
+    "epsilon_rdp": None,
+    "steps": 7,
+    "noise_multiplier": 1.0,
+    "clip": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epsilon": -1},
+        {"epsilon": 1e999},
+        {"delta": 0},
+        {"delta": 1},
+        {"steps": -1},
+        {"steps": 1.5},
+        {"clip": 0},
+        {"name": "Mrs Canary"},
+    ],
+)
+def test_a_loss_that_is_none_is_refused_and_not_repeated(change: dict[str, Any]):
+    with pytest.raises(AdapterError, match="clinic north reports no usable") as caught:
+        clinic_privacy(json.dumps({**LOSS, **change}), source="clinic north")
+    assert "Canary" not in str(caught.value)
+    told = clinic_privacy(json.dumps(LOSS), source="clinic north")
+    assert told == ClinicPrivacy(**LOSS)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedpeft.errors import BadVector
-from fedpeft.secagg.masking import CHUNK, KEYSTREAM_WORD, Keystream, apply_masks, reduce_width
+from fedpeft.keystream import CHUNK, KEYSTREAM_WORD, Keystream
+from fedpeft.secagg.masking import apply_masks, reduce_width
 
 LENGTHS = [0, 1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 SEEDS = [bytes([number]) * 32 for number in range(6)]

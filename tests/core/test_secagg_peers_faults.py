@@ -5,7 +5,7 @@ import secrets
 import numpy as np
 import pytest
 
-from fedpeft.secagg.masking import Keystream
+from fedpeft.keystream import Keystream
 from fedpeft.secagg.packing import packed_bytes
 from fedpeft.secagg.pairwise import EphemeralKey, mask_seed
 

@@ -131,6 +131,11 @@ class Copies:
     def asked(self, number: int, kind: str, clinics: list[str]) -> None:
         self._copy(f"{number}-{kind}")
 
+    def finished(self, records: list[RoundRecord]) -> None: ...
+
+    def warned(self, sentence: str) -> None:
+        raise AssertionError(sentence)
+
     def round_repeated(self, number: int, why: str) -> None:
         raise AssertionError(why)
 

@@ -10,12 +10,13 @@ import pytest
 import typer.main
 
 from fedpeft.console import Program
-from fedpeft.errors import ConfigError, EnrolmentError, FlowerPinError, KeyLocked
+from fedpeft.errors import ConfigError, EnrolmentError, FlowerPinError, KeyLocked, PrivacyError
 from fedpeft_client.cli import program as client
 from fedpeft_server.cli import program as server
 
 UNITS = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
 PROGRAMS = {"fedpeft-client": client, "fedpeft-server": server}
+LASTING = (ConfigError, EnrolmentError, FlowerPinError, KeyLocked, PrivacyError)
 
 
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
@@ -27,7 +28,7 @@ def test_the_command_exists_and_lasting_errors_are_not_retried(name: str) -> Non
     assert command[2] in typer.main.get_group(program.app).commands
     lasting = re.search(r"^RestartPreventExitStatus=(.*)$", text, re.MULTILINE)
     assert lasting is not None
-    known = {error.exit_code for error in (ConfigError, EnrolmentError, FlowerPinError, KeyLocked)}
+    known = {error.exit_code for error in LASTING}
     assert {int(code) for code in lasting[1].split()} <= known
 
 

@@ -23,7 +23,7 @@ from fedpeft_client.clinic import Clinic
 from fedpeft_client.work import Assignment, ClinicWork, Trained
 from fedpeft_server.app import build_server_app
 from fedpeft_server.rounds import Federation
-from fedpeft_server.run_directory import RunDirectory
+from fedpeft_server.run_directory import RoundRecord, RunDirectory
 from fedpeft_strategies import build_strategy
 
 QUICK = ["training.local_steps=2", "rounds.count=2", "rounds.retries=1", "rounds.wait_s=1"]
@@ -39,6 +39,11 @@ class Listener:
 
     def waiting(self, connected: int, enrolled: int, minimum: int) -> None: ...
     def asked(self, number: int, kind: str, clinics: list[str]) -> None: ...
+
+    def finished(self, records: list[RoundRecord]) -> None: ...
+
+    def warned(self, sentence: str) -> None:
+        raise AssertionError(sentence)
 
     def round_repeated(self, number: int, why: str) -> None:
         self.repeated.append(why)
@@ -75,7 +80,11 @@ def federation_of(
 
 def clinics_of(settings: FederationSettings, out: Path) -> list[Clinic]:
     model = resolve_base(settings.model.base, relative_to=Path())
-    return list(simulated_clinics(settings, model, SERVER.public, relative_to=out / "data"))
+    return list(
+        simulated_clinics(
+            settings, model, SERVER.public, relative_to=out / "data", ledgers=out / "ledgers"
+        )
+    )
 
 
 def run_with(out: Path, trouble: Trouble, *overrides: str) -> tuple[dict[str, object], Listener]:

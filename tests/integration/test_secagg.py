@@ -59,6 +59,11 @@ class Listener:
     def waiting(self, connected: int, enrolled: int, minimum: int) -> None: ...
     def asked(self, number: int, kind: str, clinics: list[str]) -> None: ...
 
+    def finished(self, records: list[RoundRecord]) -> None: ...
+
+    def warned(self, sentence: str) -> None:
+        raise AssertionError(sentence)
+
     def round_repeated(self, number: int, why: str) -> None:
         self.repeated.append(why)
 
@@ -246,7 +251,9 @@ def run_desk(
     server = Identity.generate()
     clinics: list[Clinic] = [
         dataclasses.replace(clinic, aggregation=(change or {}).get(clinic.name, clinic.aggregation))
-        for clinic in simulated_clinics(settings, model, server.public, relative_to=data)
+        for clinic in simulated_clinics(
+            settings, model, server.public, relative_to=data, ledgers=tmp_path / "ledgers"
+        )
     ]
     schema = adapter_schema(model, settings.adapter)
     directory = RunDirectory(tmp_path / "out", settings, engine="local")

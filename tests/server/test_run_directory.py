@@ -13,6 +13,7 @@ from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec, load_adapt
 from fedpeft.config import AdapterSettings, FederationSettings
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft_server.collection import ConfidentialityRecord
+from fedpeft_server.privacy_record import PrivacyRecord
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
 
 BASE = "a" * 64
@@ -204,7 +205,7 @@ def test_waiting_and_retries_may_change_when_a_run_goes_on(run: RunDirectory, tm
     assert run_in(tmp_path, altered(rounds=rounds)).open(BASE) == 1
 
 
-@pytest.mark.parametrize("beside", [["data"], ["data", "logs", "compared"], []])
+@pytest.mark.parametrize("beside", [["data"], ["data", "logs", "compared", "ledgers"], []])
 def test_what_simulations_put_beside_a_run_is_no_obstacle(beside: list[str], tmp_path: Path):
     for name in beside:
         (tmp_path / "run" / name).mkdir(parents=True)
@@ -265,6 +266,7 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
                 "bytes_down": 20 * number,
                 "seconds": 1.5,
                 "confidentiality": SECAGG if number == 2 else None,
+                "privacy": None,
             }
             for number in (1, 2)
         ],
@@ -288,10 +290,46 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
     }
 
 
+LOSS: dict[str, Any] = {
+    "epsilon": 2.5,
+    "delta": 1e-5,
+    "epsilon_rdp": 3.0,
+    "steps": 7,
+    "noise_multiplier": 1.0,
+    "clip": 0.5,
+}
+
+
+def test_the_summary_of_a_noisy_run_has_the_losses_of_its_clinics(tmp_path: Path):
+    privacy = {"unit": "record", "noise_multiplier": 1.0}
+    run = run_in(tmp_path, altered(privacy=privacy))
+    run.open(BASE)
+    spent = PrivacyRecord.model_validate({"clinics": {"north": LOSS}})
+    for number in (0, 1):
+        run.save_round(record(number, privacy=spent if number else None), state(number))
+    found = json.loads((run.path / "summary.json").read_text())
+    assert found["privacy"].keys() == {"unit", "mechanism", "private", "clinics", "assumptions"}
+    assert found["privacy"]["clinics"] == {"north": LOSS}
+    assert found["rounds"][0]["privacy"]["clinics"]["north"]["epsilon"] == 2.5
+
+
+@pytest.mark.parametrize(
+    "change", [{"clip": 2.0}, {"noise_multiplier": 0.5}, {"test_seed": 1}, {"unit": "patient"}]
+)
+def test_a_run_does_not_go_on_under_other_privacy(change: dict[str, Any], tmp_path: Path):
+    privacy = {"unit": "record", "noise_multiplier": 1.0}
+    run = run_in(tmp_path, altered(privacy=privacy))
+    run.open(BASE)
+    run.save_round(record(0), state(0))
+    for other in ({**privacy, **change}, None):
+        with pytest.raises(StorageError, match="holds a run with other settings"):
+            run_in(tmp_path, altered(privacy=other)).open(BASE)
+
+
 def test_a_round_of_the_first_release_keeps_loading(run: RunDirectory):
     path = run.path / "rounds" / "1" / "round.json"
     content = json.loads(path.read_text())
-    del content["confidentiality"]
+    del content["confidentiality"], content["privacy"]
     path.write_text(json.dumps(content))
     assert run.records() == [record(0), record(1)]
 

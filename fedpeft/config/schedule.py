@@ -2,7 +2,7 @@
 
 import math
 
-from fedpeft.config import TrainingSettings
+from fedpeft.config.federation import TrainingSettings
 
 
 def learning_rate(settings: TrainingSettings, step: int, total: int) -> float:

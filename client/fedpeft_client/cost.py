@@ -1,0 +1,173 @@
+"""What a round of a job would cost a clinic's data in privacy, before anything is done.
+
+A pure function of the job, the clinic's settings and the number of units. It counts
+only on noise that this clinic has reason to trust.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedpeft.config import PrivacySettings, PrivacyUnit
+from fedpeft.data import EncodedExample
+from fedpeft.errors import BudgetSpent, PolicyRefused, PrivacyError
+from fedpeft.privacy.accounting import epsilon_of
+from fedpeft.privacy.calibration import (
+    calibrated,
+    default_delta,
+    remaining_multiplier,
+    require_delta,
+)
+from fedpeft.privacy.charge import Charge
+from fedpeft.privacy.skellam import grid_for, sensitivities
+from fedpeft.protocol import Job
+from fedpeft.training import round_steps
+from fedpeft.training.private import private_steps, units_of
+from fedpeft_client.clinic import Clinic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """``steps`` times ``step`` for each ``unit``, at ``delta``.
+
+    ``noise_multiplier`` is of the noise as it is meant, which may be more than
+    ``step`` counts on.
+    """
+
+    unit: PrivacyUnit
+    step: Charge
+    steps: int
+    delta: float
+    noise_multiplier: float
+
+
+def steps_of(job: Job, examples: Sequence[EncodedExample]) -> int:
+    """Return how many optimiser steps a clinic with these rows makes in a round.
+
+    Raises:
+        DataError: the job protects patients and the records name none.
+    """
+    if job.privacy is None or job.privacy.unit == "clinic":
+        return round_steps(len(examples), job.training)
+    return round_steps(len(units_of(examples, job.privacy.unit)), job.training)
+
+
+def cost_of(clinic: Clinic, job: Job, examples: Sequence[EncodedExample], coordinates: int) -> Cost:
+    """Return what the next round of ``job`` costs; ``coordinates`` is the adapter's size.
+
+    Raises:
+        PolicyRefused: the job asks for what this clinic does not allow.
+        PrivacyError: no noise gives what the job promises.
+        DataError: the job protects patients and the records name none.
+    """
+    privacy = job.privacy
+    if privacy is None:
+        delta = clinic.privacy.delta or default_delta(len(examples))
+        step = Charge(noise="none")
+        return Cost(unit="record", step=step, steps=1, delta=delta, noise_multiplier=0.0)
+    require_losses_allowed(clinic, job)
+    units = 1 if privacy.unit == "clinic" else len(units_of(examples, privacy.unit))
+    delta = clinic.privacy.delta or privacy.delta or default_delta(units)
+    require_delta(delta, units)
+    steps, rate = private_steps(units, job.training)
+    if privacy.mechanism == "central":
+        cost = _central(clinic, privacy, delta)
+    elif privacy.mechanism == "distributed":
+        cost = _distributed(clinic, privacy, rate, delta, coordinates)
+    else:
+        cost = _local(clinic, job, privacy, steps, rate, delta)
+    _require_promise(job, privacy, cost)
+    return cost
+
+
+def require_losses_allowed(clinic: Clinic, job: Job) -> None:
+    """Check that ``job`` has no exact losses reported that this clinic wants protected.
+
+    Raises:
+        PolicyRefused: it asks for them beside noise, and the clinic does not allow it.
+        BudgetSpent: it has no noise at all, and the clinic bounds its privacy loss.
+    """
+    own, privacy = clinic.privacy, job.privacy
+    if own.exact_losses:
+        return
+    if privacy is not None and privacy.exact_losses:
+        raise PolicyRefused(
+            "the server asks for exact losses, which no noise protects, and privacy.exact_losses "
+            "= false in client.toml forbids it: nothing was computed; set it to true if this "
+            "clinic agrees, or ask the central site to leave them out"
+        )
+    if privacy is None and own.max_epsilon is not None:
+        raise BudgetSpent(
+            "the server's job has no noise, so that its losses would be exact, and this clinic's "
+            f"max_epsilon is {own.max_epsilon:g}: nothing was computed; ask the central site for "
+            "a job with a [privacy] table"
+        )
+
+
+def _local(
+    clinic: Clinic, job: Job, privacy: PrivacySettings, steps: int, rate: float, delta: float
+) -> Cost:
+    multiplier = privacy.noise_multiplier
+    if multiplier == "auto":
+        multiplier = calibrated(privacy.epsilon or math.inf, delta, rate, steps * job.rounds)
+    step = Charge(noise="gaussian", sampling_rate=rate, noise_multiplier=multiplier)
+    return _cost(clinic, privacy.unit, step, steps, delta, multiplier)
+
+
+def _distributed(
+    clinic: Clinic, privacy: PrivacySettings, rate: float, delta: float, coordinates: int
+) -> Cost:
+    """Count on the noise of the honest clinics that do not work with the server."""
+    honest, multiplier = privacy.honest_clinics, privacy.noise_multiplier
+    if honest is None or multiplier == "auto":
+        raise PrivacyError(
+            "the server's job with distributed noise does not say how many clinics share it and "
+            "how much it is; nothing was trained; install the same fedpeft release on both sides"
+        )
+    colluding = clinic.privacy.colluding_clinics
+    l2, l1 = sensitivities(privacy.clip, coordinates, grid_for(privacy.clip, coordinates))
+    step = Charge(
+        noise="skellam",
+        sampling_rate=rate,
+        noise_multiplier=remaining_multiplier(multiplier, honest, colluding),
+        l2=l2,
+        l1=l1,
+    )
+    return _cost(clinic, privacy.unit, step, 1, delta, multiplier)
+
+
+def _central(clinic: Clinic, privacy: PrivacySettings, delta: float) -> Cost:
+    """Count on the server's noise only where the clinic's people said so."""
+    multiplier = privacy.noise_multiplier
+    if multiplier == "auto":
+        raise PrivacyError(
+            "the server's job with central noise does not say how much it is; nothing was "
+            "trained; install the same fedpeft release on both sides"
+        )
+    trusted = clinic.privacy.trust_central_noise
+    step = (
+        Charge(noise="gaussian", noise_multiplier=multiplier) if trusted else Charge(noise="none")
+    )
+    return _cost(clinic, "clinic", step, 1, delta, multiplier)
+
+
+def _cost(
+    clinic: Clinic, unit: PrivacyUnit, step: Charge, steps: int, delta: float, multiplier: float
+) -> Cost:
+    if clinic.test_seed is not None:
+        step = Charge(noise="none")  # known noise is none
+    return Cost(unit=unit, step=step, steps=steps, delta=delta, noise_multiplier=multiplier)
+
+
+def _require_promise(job: Job, privacy: PrivacySettings, cost: Cost) -> None:
+    """Check that a run with the noise that the server names keeps the epsilon that it names."""
+    if privacy.epsilon is None or cost.step.noise == "none":
+        return
+    found = epsilon_of({cost.step: cost.steps * job.rounds}, cost.delta).epsilon
+    if found > privacy.epsilon:
+        raise PrivacyError(
+            f"the run would cost this clinic's data epsilon {found:.3f} where the server promises "
+            f"{privacy.epsilon:g} (noise multiplier {cost.step.noise_multiplier:.3g} in "
+            f"{cost.steps * job.rounds} steps): nothing was trained; the central site must raise "
+            "privacy.noise_multiplier or lower the rounds"
+        )

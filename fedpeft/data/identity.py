@@ -1,0 +1,30 @@
+"""What the people in a set of records are known by, to tell one data set from another."""
+
+import hashlib
+
+from fedpeft.data.records import Record, RecordSet
+
+
+def unit_keys(records: RecordSet) -> tuple[str, ...]:
+    """Return the distinct patient ids, or digests of the records where there are none.
+
+    Independent of file names, order, tokenizer and truncation. The keys are as private
+    as the records: they stay on the box, and are kept under a keyed hash only.
+    """
+    if records.patients is not None:
+        keys = {f"patient {record.patient_id}" for record in records.records}
+    else:
+        keys = {f"record {_digest(record)}" for record in records.records}
+    return tuple(sorted(keys))
+
+
+def _digest(record: Record) -> str:
+    digest = hashlib.sha256()
+    parts = [record.text or ""]
+    for turn in record.turns:
+        parts += [turn.role, turn.text]
+    for part in parts:
+        content = part.encode()
+        digest.update(len(content).to_bytes(8))
+        digest.update(content)
+    return digest.hexdigest()
