@@ -144,7 +144,13 @@ def _central(clinic: Clinic, privacy: PrivacySettings, delta: float) -> Cost:
             "the server's job with central noise does not say how much it is; nothing was "
             "trained; install the same fedpeft release on both sides"
         )
-    trusted = clinic.privacy.trust_central_noise
+    trusted, bound = clinic.privacy.trust_central_noise, clinic.privacy.max_epsilon
+    if not trusted and bound is not None:
+        raise BudgetSpent(
+            "the noise of this job is only promised by the server, and privacy.trust_central_noise "
+            f"= false in client.toml counts it as none, so max_epsilon = {bound:g} cannot be kept: "
+            "nothing was computed; ask the central site for noise of the clinics' own"
+        )
     step = (
         Charge(noise="gaussian", noise_multiplier=multiplier) if trusted else Charge(noise="none")
     )

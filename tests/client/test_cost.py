@@ -222,3 +222,9 @@ def test_noise_of_a_known_seed_counts_as_none(asked: dict[str, Any]):
     found = cost({**asked, "epsilon": 100.0}, known, steps=1)
     assert found.step == Charge(noise="none")
     assert found.noise_multiplier == 1.0
+
+
+def test_a_bounded_clinic_refuses_noise_that_is_only_promised():
+    with pytest.raises(BudgetSpent, match="trust_central_noise = false"):
+        cost(CENTRAL, clinic_of(max_epsilon=8.0))
+    assert cost(CENTRAL, clinic_of(max_epsilon=8.0, trust_central_noise=True)).step.noise
