@@ -18,9 +18,11 @@ install: .venv/ready  ## create .venv with everything that developing and runnin
 demo: .venv/ready     ## run the embedded federation and print what federating gained (runs/demo/)
 	$(BIN)/fedpeft demo --out runs/demo
 
-# The models of the tests are so small that a second thread costs more than it gains.
+# The models of the tests are so small that a second thread costs more than it gains, and a
+# second process does not. Tests of whole federations start processes of their own.
 test: check           ## everything that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/core tests/client tests/server tests/strategies
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration
 
 check: lint types imports
 

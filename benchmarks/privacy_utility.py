@@ -29,14 +29,14 @@ OVERFIT_ROWS, OVERFIT_ROUNDS = 100, 8
 
 
 HONEST, DELTA = 4, 1e-5
+LEARNING_RATE, NOISE_AT_8 = 14.5, 3.31
 DISTRIBUTED = [
     f"privacy.honest_clinics={HONEST}",
     "rounds.minimum_clinics=4",
-    "rounds.count=16",
+    "rounds.count=20",
     "adapter.rank=2",
     "adapter.alpha=4",
     "training.optimizer=sgd",
-    "training.learning_rate=14.5",
     "training.local_steps=1",
     "training.batch_size=1300",
     "training.micro_batch_size=64",
@@ -68,9 +68,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--local", action="store_true", help="the mechanism 'local'")
     parser.add_argument("--rows", type=int, help="records a clinic keeps, before planting")
-    parser.add_argument("--canaries", type=int, default=8, help="per clinic and repetition")
+    parser.add_argument("--canaries", type=int, default=4, help="per clinic and repetition")
     parser.add_argument("--share", type=float, default=0.3, help="of patients who get a coin")
-    parser.add_argument("--samples", type=int, default=64, help="secrets to rank each among")
+    parser.add_argument("--samples", type=int, default=256, help="secrets to rank each among")
     parser.add_argument("--overfit", action="store_true", help="many rounds on few records")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, help="keep runs, keys and pictures here")
@@ -127,8 +127,11 @@ def _overrides(epsilon: str, options: argparse.Namespace) -> list[str]:
     private = [f"privacy.unit={options.unit}", f"privacy.epsilon={epsilon}"]
     if options.local:
         return common + private + options.private
-    private += DISTRIBUTED + options.private
-    return [*common, *private, f"privacy.noise_multiplier={_multiplier(common + private, epsilon)}"]
+    multiplier = _multiplier([*common, *private, *DISTRIBUTED, *options.private], epsilon)
+    # More noise takes smaller steps: beyond that of epsilon = 8 training would diverge.
+    rate = round(LEARNING_RATE * min(1.0, NOISE_AT_8 / multiplier), 2)
+    found = [f"training.learning_rate={rate}", f"privacy.noise_multiplier={multiplier}"]
+    return [*common, *private, *DISTRIBUTED, *found, *options.private]
 
 
 def _multiplier(overrides: list[str], epsilon: str) -> float:

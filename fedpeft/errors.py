@@ -306,3 +306,20 @@ class ReleaseRefused(PrivacyError):
     """An adapter gives away more of its training records than the release allows."""
 
     reason = "release-refused"
+
+
+LASTING_REASONS = frozenset(
+    error.reason
+    for error in (
+        BudgetSpent,
+        ConfigError,
+        DataError,
+        FingerprintMismatch,
+        LedgerDamaged,
+        NotSeparable,
+        PolicyRefused,
+        PrivacyError,
+        SecAggRequired,
+    )
+)
+"""Reasons for which a clinic will refuse the same job again, until a person changes something."""

@@ -27,6 +27,7 @@ from fedpeft.protocol import (
     Value,
 )
 from fedpeft.protocol.privacy import PRIVACY
+from fedpeft.protocol.sums import model_digest
 from fedpeft.secagg import STAGES
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.learning import Trained
@@ -68,13 +69,14 @@ class ClinicDesk:
         self._mailbox = Mailbox()
         self._sums = SecureSums()
         self._peers: dict[str, PeerBook] = {}
+        self._paid: dict[str, tuple[tuple[int, bytes], Trained]] = {}
 
     def sealed(self, kind: str) -> Handler:
         """Return the handler of ``train`` or ``evaluate``: the server opens the answer."""
 
         def answer(clinic: Clinic, request: Request) -> Payload:
             assignment = self._assignment(clinic, request, "sealed")
-            return _reported(self._do(kind, clinic, assignment))
+            return _reported(self._do(kind, clinic, request, assignment))
 
         return self._handler(answer)
 
@@ -86,7 +88,7 @@ class ClinicDesk:
             self._sums.require_new(clinic, request.context, kind)
             # What is left of an attempt before is void, and need not stay in memory.
             self._sums.forget(clinic.name)
-            outcome = self._do(kind, clinic, assignment)
+            outcome = self._do(kind, clinic, request, assignment)
             keys = self._sums.begin(
                 clinic,
                 request.context,
@@ -132,9 +134,23 @@ class ClinicDesk:
         self._seen(clinic, job)
         return Assignment(job, request.adapter(), context.schema, context.run)
 
-    def _do(self, kind: str, clinic: Clinic, assignment: Assignment) -> Trained | Measured:
-        work = self._work.train if kind == TRAIN else self._work.evaluate
-        return work(clinic, assignment)
+    def _do(
+        self, kind: str, clinic: Clinic, request: Request, assignment: Assignment
+    ) -> Trained | Measured:
+        """Train or measure; what noise has paid for is kept for when a round is repeated.
+
+        The same noisy update sent once more tells nothing new, a new one would.
+        """
+        if kind != TRAIN:
+            self._paid.pop(clinic.name, None)
+            return self._work.evaluate(clinic, assignment)
+        asked = (request.context.run, model_digest(assignment.job, assignment.adapter))
+        paid, trained = self._paid.get(clinic.name, (None, None))
+        if trained is None or paid != asked:
+            trained = self._work.train(clinic, assignment)
+            if trained.privacy is not None:
+                self._paid[clinic.name] = asked, trained
+        return trained
 
     def _admit(self, clinic: Clinic, peers: Mapping[str, bytes]) -> None:
         """Let the clinic compare the other clinics' keys with those it has seen before."""

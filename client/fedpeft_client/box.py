@@ -91,7 +91,7 @@ class Box:
     @property
     def ledger_path(self) -> Path:
         """What was spent of the privacy of the people in the records."""
-        return self.directory / self.settings.privacy.ledger
+        return (self.directory / self.settings.privacy.ledger).resolve()
 
     @property
     def law(self) -> "Law":

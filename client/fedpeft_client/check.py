@@ -1,5 +1,6 @@
 """Find out before a run whether this box can take part: one line a question."""
 
+import os
 import shutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ def _ledger(box: Box) -> str:
     bound = box.settings.privacy.max_epsilon
     law = "no max_epsilon is set" if bound is None else f"max_epsilon = {bound:g}"
     if not ledger_exists(box.ledger_path):
+        if not os.access(box.ledger_path.parent, os.W_OK):
+            raise StorageError(
+                f"the privacy ledger {box.ledger_path} cannot be made: its folder does not exist "
+                "or may not be written; mend privacy.ledger in client.toml, or make the folder"
+            )
         return f"{box.ledger_path} will be made with the first round; {law}"
     with Ledger(box.ledger_path) as ledger:
         if problems := ledger.verify():

@@ -179,6 +179,7 @@ def show(
 
     box = open_box(directory)
     reports: list[DatasetReport] = []
+    program.say(f"the privacy ledger of this box is {box.ledger_path}")
     if ledger_exists(box.ledger_path):
         with _intact_ledger(box.ledger_path) as ledger:
             reports = ledger_reports(ledger, box.law)

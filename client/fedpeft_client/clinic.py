@@ -71,6 +71,6 @@ def clinic_of(settings: ClientSettings, directory: Path, membership: Membership)
         limits=settings.limits,
         aggregation=settings.aggregation,
         privacy=settings.privacy,
-        ledger=directory / settings.privacy.ledger,
+        ledger=(directory / settings.privacy.ledger).resolve(),
         adapter_directory=directory / "adapter",
     )

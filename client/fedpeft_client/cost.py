@@ -66,6 +66,7 @@ def cost_of(clinic: Clinic, job: Job, examples: Sequence[EncodedExample], coordi
         step = Charge(noise="none")
         return Cost(unit="record", step=step, steps=1, delta=delta, noise_multiplier=0.0)
     require_losses_allowed(clinic, job)
+    _require_unit(clinic, privacy)
     units = 1 if privacy.unit == "clinic" else len(units_of(examples, privacy.unit))
     delta = clinic.privacy.delta or privacy.delta or default_delta(units)
     require_delta(delta, units)
@@ -78,6 +79,15 @@ def cost_of(clinic: Clinic, job: Job, examples: Sequence[EncodedExample], coordi
         cost = _local(clinic, job, privacy, steps, rate, delta)
     _require_promise(job, privacy, cost)
     return cost
+
+
+def _require_unit(clinic: Clinic, privacy: PrivacySettings) -> None:
+    if clinic.privacy.unit == "patient" and privacy.unit == "record":
+        raise PolicyRefused(
+            'the job protects single records, and privacy.unit = "patient" in client.toml demands '
+            "all records of a patient: nothing was computed; ask the central site for "
+            'unit = "patient"'
+        )
 
 
 def require_losses_allowed(clinic: Clinic, job: Job) -> None:

@@ -64,6 +64,8 @@ class BudgetSettings(Settings):
 
     max_epsilon: float | None = Field(default=None, gt=0)
     """Over all rounds, jobs and models on the same data; None: no bound, only a record of it."""
+    unit: Literal["record", "patient"] = "record"
+    """The least that a job must protect: ``patient`` refuses jobs that protect records only."""
     delta: float | None = Field(default=None, gt=0, le=LARGEST_DELTA)
     """None: 1e-5, or less above 50,000 units."""
     colluding_clinics: int = Field(default=1, ge=0)
@@ -131,6 +133,7 @@ new_peers = {_toml(aggregation.new_peers)}          # "refuse": only with clinic
 
 [privacy]                     # what training may give away of a person (docs/privacy.md)
 {optional("max_epsilon", privacy.max_epsilon, "8.0          # refuse every round beyond it")}
+unit = {_toml(privacy.unit)}                 # "patient": refuse jobs that protect records only
 {optional("delta", privacy.delta, "1e-5")}
 colluding_clinics = {privacy.colluding_clinics}         # others that may work with the server
 trust_central_noise = {_toml(privacy.trust_central_noise)}   # noise that the server says it adds

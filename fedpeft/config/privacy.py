@@ -24,7 +24,7 @@ class PrivacySettings(Settings):
     """The bound for the whole run, at which ``noise_multiplier = "auto"`` aims."""
     delta: float | None = Field(default=None, gt=0, le=LARGEST_DELTA)
     """None: 1e-5, or less where a clinic has more than 50,000 units."""
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, ge=1e-9, le=1e9)
     """L2 norm to which the gradient of a unit (the update of a clinic) is cut."""
     noise_multiplier: float | Literal["auto"] = "auto"
     """Standard deviation of the noise over ``clip``."""
@@ -51,4 +51,6 @@ class PrivacySettings(Settings):
             raise ValueError('noise_multiplier = "auto" needs an epsilon to aim at; set epsilon')
         if self.noise_multiplier != "auto" and self.noise_multiplier <= 0:
             raise ValueError("noise_multiplier must be above 0; without noise leave [privacy] out")
+        if self.noise_multiplier != "auto" and not 1e-9 <= self.noise_multiplier <= 1e4:
+            raise ValueError("noise_multiplier must be 1e-9 to 10,000; about 1 is usual")
         return self

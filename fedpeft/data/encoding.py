@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpeft.data.chat import ChatTokenizer, Ids, Rendering, Tokens
+from fedpeft.data.identity import person
 from fedpeft.data.records import Record, RecordSet, count
 from fedpeft.errors import ConfigError, DataError
 
@@ -31,6 +32,7 @@ class EncodedExample:
     with a true target is one that the model must predict from those before it.
     The first token never is one, so the number of loss terms is ``targets.sum()``.
     The last token always is one: what follows the last answer is left out.
+    ``patient_id`` is in one spelling (see ``fedpeft.data.identity.person``).
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -132,7 +134,8 @@ def encode(
                 )
             cut = len(full.ids) - len(ids)
             cut_tokens += cut
-            examples.append(EncodedExample(ids, targets, record.row, cut > 0, record.patient_id))
+            patient = None if record.patient_id is None else person(record.patient_id)
+            examples.append(EncodedExample(ids, targets, record.row, cut > 0, patient))
     return EncodedSet(
         examples=tuple(examples),
         truncated=sum(example.truncated for example in examples),

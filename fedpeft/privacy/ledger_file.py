@@ -97,6 +97,9 @@ class LedgerFile:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._appended: Anchor | None = None
+        if not path.exists():
+            # Before a file is made in its place, which would look like evidence.
+            self._require_no_anchor()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
@@ -135,17 +138,20 @@ class LedgerFile:
             self._appended = end
 
     def _create(self, database: sqlite3.Connection) -> None:
-        if read_anchor(self.anchor_path) is not None:
-            raise LedgerDamaged(
-                f"the privacy ledger {self.path} is gone or empty, but {self.anchor_path} shows "
-                f"that there was one, so what was spent is unknown: {START_ANEW}"
-            )
+        self._require_no_anchor()
         for statement in TABLES:
             database.execute(statement)
         key = secrets.token_bytes(KEY_BYTES)
         database.execute("INSERT INTO secret (key) VALUES (?)", (key,))
         self.append(Entry("key", now(), digest=hashlib.sha256(key).hexdigest()))
         database.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _require_no_anchor(self) -> None:
+        if read_anchor(self.anchor_path) is not None:
+            raise LedgerDamaged(
+                f"the privacy ledger {self.path} is gone or empty, but {self.anchor_path} shows "
+                f"that there was one, so what was spent is unknown: {START_ANEW}"
+            )
 
     @property
     def anchor_path(self) -> Path:

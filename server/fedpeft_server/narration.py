@@ -30,6 +30,8 @@ def _epsilons(record: RoundRecord) -> str:
     if not losses:
         return ""
     most = max(losses, key=lambda name: _comparable(losses[name].epsilon))
+    if losses[most].epsilon is None:
+        return f"; privacy loss without bound ({most})"
     return f"; epsilon up to {_shown(losses[most].epsilon)} ({most})"
 
 

@@ -45,10 +45,26 @@ def summary_of(
     return {
         "unit": privacy.unit,
         "mechanism": privacy.mechanism,
+        "epsilon_goal": privacy.epsilon,
         "private": privacy.test_seed is None and bounded,
         "clinics": {name: loss.model_dump(exclude=others) for name, loss in losses.items()},
         "assumptions": assumptions(settings, privacy),
     }
+
+
+def beyond_goal(settings: FederationSettings, records: Sequence[PrivacyRecord | None]) -> str:
+    """Return a sentence on the clinics that lost more than the run aimed at; "" if none did."""
+    goal = settings.privacy.epsilon if settings.privacy is not None else None
+    if goal is None:
+        return ""
+    spent = {name: loss.epsilon for name, loss in latest_losses(records).items()}
+    beyond = [name for name, epsilon in spent.items() if epsilon is not None and epsilon > goal]
+    if not beyond:
+        return ""
+    return (
+        f"{', '.join(beyond)} lost more than privacy.epsilon = {goal:g}, as rounds were repeated "
+        "or runs before this one used the same records; it is their figure that holds"
+    )
 
 
 def assumptions(settings: FederationSettings, privacy: PrivacySettings) -> list[str]:
@@ -62,11 +78,12 @@ def assumptions(settings: FederationSettings, privacy: PrivacySettings) -> list[
         "epsilon counts every release of this run in which the clinic was, and no other run"
         if privacy.mechanism == "central"
         else "epsilon counts every training step of this federation on the clinic's data, repeated "
-        "rounds and earlier runs included, and nothing that others did with the same data",
+        "rounds and earlier runs included, up to its last report; the clinic's own ledger is what "
+        "counts",
     ]
     if unit == "record":
         found.append("a patient with several records is protected by less than a single record")
-    if privacy.mechanism != "central":
+    if privacy.mechanism != "central" and privacy.test_seed is None:
         found.append("units are sampled and noise is drawn on each clinic's box, unseen by others")
     if privacy.mechanism == "distributed":
         honest = privacy.honest_clinics or settings.rounds.minimum_clinics

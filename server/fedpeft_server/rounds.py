@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedpeft.adapters import AdapterSchema, AdapterState
 from fedpeft.config import FederationSettings
-from fedpeft.errors import FederationError
+from fedpeft.errors import LASTING_REASONS, FederationError
 from fedpeft.models import initial_state
 from fedpeft.protocol import (
     EVALUATE,
@@ -30,11 +30,12 @@ from fedpeft.protocol import (
     state_of,
 )
 from fedpeft.sealing import Identity
+from fedpeft.secagg.threshold import floor_of
 from fedpeft_server.channel import Channel
 from fedpeft_server.collection import Collected, Collector, Kind
 from fedpeft_server.link import Link
 from fedpeft_server.opened import OpenedCollector
-from fedpeft_server.privacy_record import PrivacyRecord
+from fedpeft_server.privacy_record import PrivacyRecord, beyond_goal
 from fedpeft_server.quantisation_range import first_limit
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
 from fedpeft_server.shield import shield_of
@@ -103,6 +104,8 @@ class Federation:
             StorageError: a finished round cannot be written, or another run lies there.
         """
         last = self._directory.open(self._schema.fingerprint)
+        if self._settings.privacy is not None and self._settings.privacy.test_seed is not None:
+            self._watcher.warned("privacy.test_seed is set, so this run protects nobody")
         if caution := self._shield.caution(len(link.names())):
             self._watcher.warned(caution)
         collector = self._collector(link)
@@ -132,7 +135,10 @@ class Federation:
             state, loss = self._aggregate(number, trained)
             evaluated = self._collect(link, collector, number, 1, EVALUATE, state)
             self._finish(number, watch, _Half(trained, loss, privacy), evaluated, state)
-        self._watcher.finished(self._directory.records())
+        records = self._directory.records()
+        if passed := beyond_goal(self._settings, [record.privacy for record in records]):
+            self._watcher.warned(passed)
+        self._watcher.finished(records)
 
     def _collector(self, link: Link) -> Collector:
         """Return the way in which answers are collected under the federation's settings."""
@@ -170,12 +176,27 @@ class Federation:
             if len(collected.participants) >= rounds.minimum_clinics:
                 return collected
             why = self._too_few(collected)
+            if self._is_hopeless(link, collected):
+                raise FederationError(
+                    f"round {number} failed and is not repeated, as a repetition costs the other "
+                    f"clinics and these reasons stay: {why}; mend what the reasons name, then "
+                    f"start again: finished rounds are kept in {self._directory.path}"
+                )
             if attempt <= rounds.retries:
                 self._watcher.round_repeated(number, why)
         raise FederationError(
             f"round {number} failed {rounds.retries + 1} times: {why}; mend what the reasons name, "
             f"then start again: finished rounds are kept in {self._directory.path}"
         )
+
+    def _is_hopeless(self, link: Link, collected: Collected) -> bool:
+        """Say whether too few clinics are left that could answer if they were asked again."""
+        refusing = sum(reason in LASTING_REASONS for reason in collected.failed.values())
+        aggregation, clinics = self._settings.aggregation, len(list(link.grid.get_node_ids()))
+        needed = self._settings.rounds.minimum_clinics
+        if aggregation.confidentiality == "secagg":
+            needed = max(needed, floor_of(clinics, aggregation.adversary))
+        return clinics - refusing < needed
 
     def _collect(
         self,

@@ -37,6 +37,7 @@ from fedpeft.protocol import (
     Payload,
     SumTerms,
     array_record,
+    blob_of,
     carried,
     carry,
     config_record,
@@ -554,3 +555,19 @@ def test_what_a_noisy_job_may_not_do_is_refused_with_its_reason(clinic: Clinic):
     for change in changes:
         assert ask(clinic, job=noisy_job(clinic, **change)).error.reason == "privacy-refused"
     assert spent(clinic) == {}
+
+
+def test_a_round_with_noise_that_is_repeated_is_paid_once_and_answered_alike(clinic: Clinic):
+    desk, job = desk_of(clinic), noisy_job(clinic)
+    first, again = (ask(clinic, desk=desk, job=job) for _ in range(2))
+    assert spent(clinic) == {STEP: 2}
+    assert blob_of(first.content) == blob_of(again.content)
+    other = ask(clinic, desk=desk, job=job, state=start_of(clinic).plus(start_of(clinic)))
+    assert blob_of(other.content) != blob_of(first.content)
+    assert spent(clinic) == {STEP: 4}
+
+
+def test_a_clinic_that_demands_patients_refuses_jobs_for_records(clinic: Clinic):
+    strict = bounded(clinic, unit="patient")
+    assert ask(strict, job=noisy_job(clinic)).error.reason == "refused-by-clinic"
+    assert not strict.ledger.exists() or spent(strict) == {}

@@ -142,7 +142,7 @@ def test_data_trained_on_without_noise_once_are_refused_under_a_bound_for_good(c
 
 def test_central_noise_that_is_not_trusted_is_refused_under_a_bound(clinic: Clinic):
     central = PrivacySettings(unit="clinic", mechanism="central", noise_multiplier=5.0)
-    with pytest.raises(BudgetSpent, match="without noise"):
+    with pytest.raises(BudgetSpent, match="only promised by the server"):
         train(bounded(clinic, max_epsilon=1000.0), job_of(central))
     train(bounded(clinic, max_epsilon=1000.0, trust_central_noise=True), job_of(central))
 

@@ -240,3 +240,12 @@ def test_an_emptied_file_is_not_started_anew(path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(LedgerDamaged, match="is gone or empty"):
         Ledger(path)
+
+
+def test_looking_for_a_lost_ledger_puts_no_file_in_its_place(tmp_path: Path):
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    path.unlink()
+    with pytest.raises(LedgerDamaged, match="is gone"):
+        Ledger(path)
+    assert not path.exists()

@@ -184,6 +184,21 @@ def test_a_clinic_whose_bound_is_reached_leaves_and_the_others_go_on(
     assert sum(ledger_of(plan, "c1").values()) == 2
 
 
+def test_a_round_is_not_repeated_at_the_others_cost_when_a_refusal_will_stay(
+    tmp_path: Path, tiny_model: Path
+):
+    plan = federation(
+        tmp_path / "f",
+        tiny_model,
+        {**PATIENT, "exact_losses": False, "epsilon": 0.001},
+        rounds={"minimum_clinics": 4, "retries": 2},
+    )
+    with pytest.raises(FederationError, match=r"is not repeated, as .* privacy-refused"):
+        run(plan)
+    for name in NAMES:
+        assert not any((plan.out / "ledgers").glob(f"{name}.sqlite")) or ledger_of(plan, name) == {}
+
+
 def test_noise_that_too_few_would_share_is_not_even_tried(tmp_path: Path, tiny_model: Path):
     plan = federation(
         tmp_path / "f", tiny_model, {**SHARED, "honest_clinics": 5}, training=ONE_STEP
@@ -202,7 +217,14 @@ def assert_figures(plan: Simulation, *more: str) -> dict[str, Any]:
     asked = plan.settings.privacy
     assert asked is not None
     found = summary_of(plan)["privacy"]
-    assert set(found) == {"unit", "mechanism", "private", "clinics", "assumptions"}
+    assert set(found) == {
+        "unit",
+        "mechanism",
+        "epsilon_goal",
+        "private",
+        "clinics",
+        "assumptions",
+    }
     assert (found["unit"], found["mechanism"]) == (asked.unit, asked.mechanism)
     assert found["private"] is (asked.test_seed is None)
     assert all(isinstance(sentence, str) for sentence in found["assumptions"])

@@ -308,7 +308,14 @@ def test_the_summary_of_a_noisy_run_has_the_losses_of_its_clinics(tmp_path: Path
     for number in (0, 1):
         run.save_round(record(number, privacy=spent if number else None), state(number))
     found = json.loads((run.path / "summary.json").read_text())
-    assert found["privacy"].keys() == {"unit", "mechanism", "private", "clinics", "assumptions"}
+    assert found["privacy"].keys() == {
+        "unit",
+        "mechanism",
+        "epsilon_goal",
+        "private",
+        "clinics",
+        "assumptions",
+    }
     assert found["privacy"]["clinics"] == {"north": LOSS}
     assert found["rounds"][0]["privacy"]["clinics"]["north"]["epsilon"] == 2.5
 

@@ -300,7 +300,14 @@ def test_the_summary_has_the_last_figures_of_every_clinic(asked: dict[str, Any],
     second = PrivacyRecord(clinics={"north": clinic_loss(2.0)})
     summary = summary_of(settings_of(asked), [None, first, second])
     assert summary is not None
-    assert set(summary) == {"unit", "mechanism", "private", "clinics", "assumptions"}
+    assert set(summary) == {
+        "unit",
+        "mechanism",
+        "epsilon_goal",
+        "private",
+        "clinics",
+        "assumptions",
+    }
     assert (summary["unit"], summary["private"]) == (asked["unit"], True)
     assert list(summary["clinics"]) == ["north", "south"]
     assert [found["epsilon"] for found in summary["clinics"].values()] == [2.0, 1.0]
@@ -323,7 +330,7 @@ def test_the_lines_for_people_name_the_largest_loss_first_and_round_up():
     assert "epsilon without bound" in lines[0]
     assert "outside 2.00, own share alone without bound" in lines[1]
     assert "epsilon 1.01 at delta 1e-05" in lines[2]
-    assert round_sentence(record, 5).endswith("; epsilon up to without bound (b)")
+    assert round_sentence(record, 5).endswith("; privacy loss without bound (b)")
 
 
 def round_of(privacy: PrivacyRecord) -> RoundRecord:
