@@ -5,8 +5,9 @@ has it can tell the planted records from the real ones, so it stays with the cli
 """
 
 import hashlib
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +16,7 @@ from fedpeft.storage import explained, write_once
 
 SCHEMA = 1
 MODE = 0o600
+_CHECKSUM = "checksum"
 Unit = Literal["patient", "record"]
 
 
@@ -76,7 +78,8 @@ def write_key(key: AuditKey, path: Path) -> None:
     Raises:
         StorageError: the file exists, or the folder cannot be written.
     """
-    data = (key.model_dump_json(indent=1, by_alias=True) + "\n").encode()
+    content = {**key.model_dump(mode="json", by_alias=True), _CHECKSUM: _checksum(key)}
+    data = (json.dumps(content, indent=1) + "\n").encode()
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_once(path, data, mode=MODE)
@@ -100,15 +103,28 @@ def read_key(path: Path) -> AuditKey:
             "mode, or take another copy"
         ) from None
     try:
-        return AuditKey.model_validate_json(text)
-    except ValidationError as error:
+        content: Any = json.loads(text)
+        stated = ""
+        if isinstance(content, dict):
+            stated = cast("dict[str, Any]", content).pop(_CHECKSUM, "")
+        key = AuditKey.model_validate_json(json.dumps(content))
+        if stated == _checksum(key):
+            return key
+        where = " (its content does not fit its checksum)"
+    except (ValueError, RecursionError) as error:
         # Where it is wrong, never what stands there: that may be a secret.
-        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        parts = error.errors()[0]["loc"] if isinstance(error, ValidationError) else ()
+        place = ".".join(str(part) for part in parts)
         where = f" at {place}" if place else ""
     raise DataError(
         f"{path} is not an undamaged audit key of schema {SCHEMA}{where}: take another copy of it, "
         "or plant and train again"
     )
+
+
+def _checksum(key: AuditKey) -> str:
+    """Return the SHA-256 (hex) of a key: against slips, not against who may write the file."""
+    return hashlib.sha256(key.model_dump_json(by_alias=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

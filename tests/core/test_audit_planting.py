@@ -206,3 +206,18 @@ def test_no_secret_is_shown_when_a_key_is_printed(tmp_path: Path):
     assert not any(canary.secret in shown for canary in key.canaries)
     with pytest.raises(ValidationError):
         key.seed = "x"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"included": true', '"included": false'), ('"member": true', '"member": false')],
+)
+def test_a_key_whose_coins_were_turned_is_noticed(tmp_path: Path, old: str, new: str) -> None:
+    data, key = tmp_path / "data.jsonl", tmp_path / "audit.key"
+    rows = ({"text": f"note {at}", "patient_id": str(at)} for at in range(40))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    plant(data, tmp_path / "out.jsonl", key, Planting(canaries=8, share=1.0))
+    assert read_key(key).canaries
+    key.write_text(key.read_text("utf-8").replace(old, new, 1), "utf-8")
+    with pytest.raises(DataError, match="does not fit its checksum"):
+        read_key(key)
