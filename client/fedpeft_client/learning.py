@@ -166,8 +166,7 @@ class Learner:
 
     def _draws(self, kind: type[_Draws]) -> _Draws:
         """Return a new stream of randomness: secret, unless a simulation gave a seed."""
-        seed = self._clinic.test_seed
-        return kind() if seed is None else kind.seeded(seed, self._clinic.name, self._job.round)
+        return kind.made(self._clinic.test_seed, self._clinic.name, self._job.round)
 
 
 def _person(privacy: PrivacySettings) -> Literal["record", "patient"]:

@@ -109,6 +109,11 @@ class SecretDraws:
         draws._uniforms = Uniforms(Keystream(hashlib.sha256(named).digest()), reproducible=True)
         return draws
 
+    @classmethod
+    def made(cls, test_seed: int | None, *names: str | int) -> Self:
+        """Return secret draws; with a seed, those of :meth:`seeded`."""
+        return cls() if test_seed is None else cls.seeded(test_seed, *names)
+
     @property
     def reproducible(self) -> bool:
         """Whether the seed is known, so that the run must be marked as not private."""

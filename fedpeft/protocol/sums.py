@@ -52,9 +52,9 @@ def counts_alike(privacy: PrivacySettings | None) -> bool:
     return privacy is not None and privacy.mechanism != "local"
 
 
-def on_grid(job: Job) -> bool:
+def on_grid(privacy: PrivacySettings | None) -> bool:
     """Say whether clinics sum whole numbers, as distributed noise needs."""
-    return job.privacy is not None and job.privacy.mechanism == "distributed"
+    return privacy is not None and privacy.mechanism == "distributed"
 
 
 def value_of_unit(job: Job, coordinates: int) -> float:
@@ -63,7 +63,7 @@ def value_of_unit(job: Job, coordinates: int) -> float:
     Under distributed noise the vector counts steps of a grid in the direction of the
     gradient, of which the round takes one step of gradient descent.
     """
-    if job.privacy is None or not on_grid(job):
+    if job.privacy is None or not on_grid(job.privacy):
         return 1.0
     rate = learning_rate(job.training, job.round - 1, job.rounds)
     return -rate * grid_for(job.privacy.clip, coordinates) / job.training.batch_size

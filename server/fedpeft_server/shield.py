@@ -28,7 +28,7 @@ from fedpeft.protocol import (
 )
 from fedpeft.protocol.privacy import ClinicPrivacy
 from fedpeft.protocol.records import Metric
-from fedpeft.protocol.sums import GRID_BITS, grid_limit
+from fedpeft.protocol.sums import GRID_BITS, grid_limit, on_grid
 from fedpeft.secagg import Quantiser
 from fedpeft_server.clinic_level import ClinicLevel, multiplier_for
 from fedpeft_server.collection import Collected
@@ -48,7 +48,7 @@ class Shield:
     @property
     def least(self) -> int:
         """The clinics that a sum must have for its noise to be whole."""
-        if self._privacy is None or self._privacy.mechanism != "distributed":
+        if self._privacy is None or not on_grid(self._privacy):
             return 0
         return self._privacy.honest_clinics or self._settings.rounds.minimum_clinics
 
@@ -63,12 +63,12 @@ class Shield:
     def terms(self, limit: float) -> SumTerms:
         """Return how coordinates are summed; ``limit`` is the range that the rounds suggest."""
         aggregation = self._settings.aggregation
-        on_grid = self.least > 0
+        whole = on_grid(self._privacy)
         return SumTerms(
             confidentiality=aggregation.confidentiality,
             adversary=aggregation.adversary,
-            bits=GRID_BITS if on_grid else aggregation.bits,
-            limit=grid_limit() if on_grid else limit,
+            bits=GRID_BITS if whole else aggregation.bits,
+            limit=grid_limit() if whole else limit,
         )
 
     def release(self, collected: Collected) -> tuple[Collected, PrivacyRecord | None]:
@@ -96,8 +96,7 @@ class CentralShield(Shield):
         self._delta = privacy.delta or LARGEST_DELTA
         self._clip = privacy.clip
         self._rounds: dict[str, int] = {}
-        seed = privacy.test_seed
-        noise = GaussianNoise() if seed is None else GaussianNoise.seeded(seed, "server")
+        noise = GaussianNoise.made(privacy.test_seed, "server")
         self._level = ClinicLevel(self._multiplier(privacy), privacy.target_quantile, noise)
 
     def _multiplier(self, privacy: PrivacySettings) -> float:

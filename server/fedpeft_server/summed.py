@@ -179,7 +179,7 @@ class SummedCollector:
         alike = counts_alike(job.privacy)
         weight = len(total.survivors) if alike else total.integers["num-examples"]
         coordinates = total.coordinates
-        if on_grid(job):
+        if on_grid(job.privacy):
             coordinates = wrapped(coordinates.astype(np.int64)).astype(np.float64)
         mean = coordinates * (value_of_unit(job, self._schema.numel) / weight)
         values = torch.from_numpy(mean).to(DTYPES[self._schema.dtype])
