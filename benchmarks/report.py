@@ -21,7 +21,7 @@ def emit(benchmark: str, results: dict[str, Any], bars: dict[str, dict[str, Any]
     """Print the line on stdout."""
     line = {
         "benchmark": benchmark,
-        "machine": _machine(),
+        "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "results": results,
         "bars": bars,
@@ -29,7 +29,8 @@ def emit(benchmark: str, results: dict[str, Any], bars: dict[str, dict[str, Any]
     print(json.dumps(line))
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return the processor, cores, memory and system."""
     memory = psutil.virtual_memory().total / 2**30
     return f"{_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 

@@ -54,7 +54,7 @@ from fedpeft.protocol import Payload
 from fedpeft.protocol.sums import INTEGERS as SUMMED
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role, seal
 from fedpeft.secagg import STAGES, Aggregation, ClinicSession, Session, Terms
-from fedpeft.secagg.masked_vector import masked_vector
+from fedpeft.secagg.masked_vector import CLIPPED, masked_vector
 from fedpeft.secagg.masking import apply_masks, reduce_width
 from fedpeft.secagg.packing import unpack_add
 from fedpeft.secagg.quantise import Quantiser
@@ -256,7 +256,7 @@ class _Nothing:
 
     def masked(self, clinics: int, add: Sequence[bytes], subtract: Sequence[bytes]) -> bytes:
         layout = Layout(0, SUMMED, QUANTISER.bits, clinics)
-        integers: dict[str, int] = dict.fromkeys(SUMMED[:-1], 1)
+        integers = {name: 1 for name in SUMMED if name != CLIPPED}
         empty = np.zeros(0, np.float32)
         return masked_vector(empty, 1, integers, QUANTISER, layout, add, subtract)[0]
 

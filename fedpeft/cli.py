@@ -1,4 +1,4 @@
-"""The program ``fedpeft``: simulate a federation, evaluate and audit an adapter, run the demo."""
+"""The program ``fedpeft``: list strategies, simulate, evaluate and audit, run the demo."""
 
 import json
 import logging
@@ -63,6 +63,26 @@ def simulate(
     with Display().stage(settings.name, rounds=rounds, clinics=clinics) as stage:
         run_simulation(simulation, stage, stage.observe, stage.tell)
     program.say(f"the adapter is in {out / 'adapter'}, the figures in {out / 'summary.json'}")
+
+
+@program.app.command()
+def strategies(
+    as_json: Annotated[bool, typer.Option("--json", help="print them for programs")] = False,
+) -> None:
+    """List the aggregation strategies: what each does, needs and gives.
+
+    Reads and writes nothing; sends nothing.
+    """
+    from rich.console import Console
+
+    from fedpeft_strategies.registry import declarations
+    from fedpeft_strategies.table import as_json as in_json
+    from fedpeft_strategies.table import print_table
+
+    if as_json:
+        typer.echo(in_json(declarations()), nl=False)
+    else:
+        print_table(declarations(), Console(highlight=False))
 
 
 @program.app.command()

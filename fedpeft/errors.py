@@ -6,7 +6,8 @@
     ├── ModelError                  5   bad-model
     │   └── FingerprintMismatch     5   other-base-model
     ├── AdapterError                6   bad-adapter
-    │   └── SchemaMismatch          6   wrong-adapter-schema
+    │   ├── SchemaMismatch          6   wrong-adapter-schema
+    │   └── AdapterNotHeld          6   adapter-not-held
     ├── TrainingError               7   training-failed
     │   ├── NotFinite               7   not-finite
     │   └── AdapterUnchanged        7   adapter-unchanged
@@ -98,6 +99,12 @@ class SchemaMismatch(AdapterError):
     """An adapter has other tensors, shapes, dtypes or base model than agreed."""
 
     reason = "wrong-adapter-schema"
+
+
+class AdapterNotHeld(AdapterError):
+    """A change came of an adapter that is not here; the whole one is needed."""
+
+    reason = "adapter-not-held"
 
 
 class TrainingError(FedpeftError):

@@ -16,6 +16,7 @@ from fedpeft.errors import ConfigError, FedpeftError, SecAggRequired
 from fedpeft.protocol import (
     EVALUATE,
     JOB,
+    MAX_RANK,
     NUM_EXAMPLES,
     TRAIN,
     TRAIN_NLL,
@@ -33,6 +34,7 @@ from fedpeft_client.clinic import Clinic
 from fedpeft_client.learning import Trained
 from fedpeft_client.mailbox import Mailbox, Request
 from fedpeft_client.peers import PeerBook
+from fedpeft_client.shelf import Shelf
 from fedpeft_client.summing import SecureSums
 from fedpeft_client.work import Assignment, ClinicWork, Measured
 
@@ -67,6 +69,7 @@ class ClinicDesk:
         self._seen = seen
         self._tell = tell
         self._mailbox = Mailbox()
+        self._shelf = Shelf()
         self._sums = SecureSums()
         self._peers: dict[str, PeerBook] = {}
         self._paid: dict[str, tuple[tuple[int, bytes], Trained]] = {}
@@ -76,7 +79,7 @@ class ClinicDesk:
 
         def answer(clinic: Clinic, request: Request) -> Payload:
             assignment = self._assignment(clinic, request, "sealed")
-            return _reported(self._do(kind, clinic, request, assignment))
+            return _reported(clinic, self._do(kind, clinic, request, assignment))
 
         return self._handler(answer)
 
@@ -96,7 +99,7 @@ class ClinicDesk:
                 outcome,
                 lambda peers: self._admit(clinic, peers),
             )
-            return Payload(_privacy_of(outcome), keys)
+            return Payload(_told(clinic, outcome), keys)
 
         def go_on(clinic: Clinic, request: Request) -> Payload:
             data = request.payload.blob
@@ -132,7 +135,8 @@ class ClinicDesk:
                 "install the same fedpeft release on both sides"
             )
         self._seen(clinic, job)
-        return Assignment(job, request.adapter(), context.schema, context.run)
+        held = self._shelf.take(clinic, request)
+        return Assignment(job, held.to_bytes(), context.schema, context.run, held.increments)
 
     def _do(
         self, kind: str, clinic: Clinic, request: Request, assignment: Assignment
@@ -165,22 +169,27 @@ class ClinicDesk:
             )
 
 
-def _reported(outcome: Trained | Measured) -> Payload:
+def _reported(clinic: Clinic, outcome: Trained | Measured) -> Payload:
     """Return what the server may read by itself under ``sealed``."""
+    told = _told(clinic, outcome)
     if isinstance(outcome, Trained):
         fields: dict[str, Value] = {
             NUM_EXAMPLES: outcome.rows,
             TRAIN_NLL: outcome.nll,
             TRAIN_TOKENS: outcome.tokens,
         }
-        fields = {**fields, **_privacy_of(outcome)}
-        return Payload(fields, to_bytes(outcome.update, "update"))
-    return Payload({VALID_NLL: outcome.nll, VALID_TOKENS: outcome.tokens})
+        return Payload({**fields, **told}, to_bytes(outcome.update, "update"))
+    return Payload({VALID_NLL: outcome.nll, VALID_TOKENS: outcome.tokens, **told})
 
 
-def _privacy_of(outcome: Trained | Measured) -> dict[str, Value]:
-    """Return what the server is told of the privacy that a round of noise cost."""
-    if isinstance(outcome, Measured) or outcome.privacy is None:
+def _told(clinic: Clinic, outcome: Trained | Measured) -> dict[str, Value]:
+    """Return what the server is told in any case, none of which depends on a record.
+
+    The largest rank of this box, and the privacy that a round of noise cost.
+    """
+    if isinstance(outcome, Measured):
+        return {MAX_RANK: clinic.limits.max_rank}
+    if outcome.privacy is None:
         return {}
     return {PRIVACY: outcome.privacy.model_dump_json()}
 

@@ -35,6 +35,7 @@ class Membership:
 class Clinic:
     """One clinic; ``adapter_directory`` is where received adapters are kept.
 
+    ``personal_directory`` is for what it trains and never sends; None: kept in memory.
     ``ledger`` is the file in which every use of the records is charged. ``test_seed``
     makes samples and noise of a simulation repeat; a box never has one.
     """
@@ -50,6 +51,7 @@ class Clinic:
     aggregation: ConfidentialitySettings = field(default_factory=ConfidentialitySettings)
     privacy: BudgetSettings = field(default_factory=BudgetSettings)
     adapter_directory: Path | None = None
+    personal_directory: Path | None = None
     test_seed: int | None = None
 
 
@@ -73,4 +75,5 @@ def clinic_of(settings: ClientSettings, directory: Path, membership: Membership)
         privacy=settings.privacy,
         ledger=(directory / settings.privacy.ledger).resolve(),
         adapter_directory=directory / "adapter",
+        personal_directory=directory / "personal",
     )

@@ -53,7 +53,7 @@ def steps_of(job: Job, examples: Sequence[EncodedExample]) -> int:
 
 
 def cost_of(clinic: Clinic, job: Job, examples: Sequence[EncodedExample], coordinates: int) -> Cost:
-    """Return what the next round of ``job`` costs; ``coordinates`` is the adapter's size.
+    """Return what the next round of ``job`` costs; ``coordinates`` is the size of what is sent.
 
     Raises:
         PolicyRefused: the job asks for what this clinic does not allow.
@@ -88,6 +88,28 @@ def _require_unit(clinic: Clinic, privacy: PrivacySettings) -> None:
             "all records of a patient: nothing was computed; ask the central site for "
             'unit = "patient"'
         )
+
+
+def require_noise_fits(job: Job) -> None:
+    """Check that the noise of ``job`` hides the part of the adapter that it asks for.
+
+    Shared noise is for one sum over the coordinates that are trained, the same for all
+    clinics; the server's own is for updates that all have the same coordinates.
+
+    Raises:
+        PrivacyError: it does not.
+    """
+    mechanism = job.privacy and job.privacy.mechanism
+    if mechanism in ("distributed", "central") and job.ranks is not None:
+        what = "clinics of different ranks"
+    elif mechanism == "distributed" and job.sends != job.trains:
+        what = "factors that stay on the box"
+    else:
+        return
+    raise PrivacyError(
+        f"the server asks for {mechanism} noise and for {what}, which that noise is not made for: "
+        'nothing was trained; the central site must use mechanism = "local" or another strategy'
+    )
 
 
 def require_losses_allowed(clinic: Clinic, job: Job) -> None:

@@ -31,10 +31,10 @@ from fedpeft_client.protection import Protection
 class Trained:
     """What a round of training may leave behind.
 
-    ``update`` is the change of the adapter; under distributed noise the noisy sum of
-    gradients, in units of the grid. ``rows`` are the training rows, ``nll`` their loss
-    (nats) over ``tokens`` target tokens, both 0 where noise would have to protect them.
-    ``within_clip`` says whether clinic-level privacy left the update uncut.
+    ``update`` is the change of the factors that the job has sent; under distributed noise
+    the noisy sum of their gradients, in units of the grid. ``rows`` are the training rows,
+    ``nll`` their loss (nats) over ``tokens`` target tokens, both 0 where noise would have
+    to protect them. ``within_clip`` says whether clinic-level privacy left the update uncut.
     """
 
     update: AdapterState
@@ -72,6 +72,8 @@ class Learner:
     ) -> Trained:
         """Train the adapter in ``model``, which holds ``start``, and return what may leave.
 
+        ``model`` is focused on the factors that the job has trained.
+
         Raises:
             FedpeftError: see ``fedpeft.training.train``, and ``Protection.charge``.
         """
@@ -84,7 +86,7 @@ class Learner:
             trained = self._train(model, start, examples, observe, None)
             return _cut(trained, privacy.clip)
         if privacy.mechanism == "distributed":
-            return self._sum(model, start, examples, privacy)
+            return self._sum(model, examples, privacy)
         return self._train(model, start, examples, observe, privacy)
 
     def _train(
@@ -102,7 +104,7 @@ class Learner:
         self._mention(result.unusable_units)
         shown = job.privacy is None or job.privacy.exact_losses
         return Trained(
-            update=model.read().minus(start),
+            update=_sent(model.read(), job, model).minus(_sent(start, job, model)),
             rows=len(examples),
             nll=result.loss * result.target_tokens if shown else 0.0,
             tokens=result.target_tokens if shown else 0,
@@ -123,12 +125,11 @@ class Learner:
     def _sum(
         self,
         model: AdaptedModel,
-        start: AdapterState,
         examples: Sequence[EncodedExample],
         privacy: PrivacySettings,
     ) -> Trained:
         """Return the noisy sum of one step's clipped gradients, in whole units of the grid."""
-        coordinates = start.schema.numel
+        coordinates = model.trained.numel
         grid = grid_for(privacy.clip, coordinates)
         l2, _ = sensitivities(privacy.clip, coordinates, grid)
         total = self._protection.cost.noise_multiplier * l2
@@ -148,7 +149,7 @@ class Learner:
         # Within the range of the wrapped numbers float32 is exact.
         values = torch.from_numpy(wrapped(found)).float()
         return Trained(
-            update=AdapterState(start.schema, values),
+            update=AdapterState(model.trained, values),
             rows=len(examples),
             privacy=self._report(privacy),
         )
@@ -167,6 +168,11 @@ class Learner:
     def _draws(self, kind: type[_Draws]) -> _Draws:
         """Return a new stream of randomness: secret, unless a simulation gave a seed."""
         return kind.made(self._clinic.test_seed, self._clinic.name, self._job.round)
+
+
+def _sent(state: AdapterState, job: Job, model: AdaptedModel) -> AdapterState:
+    """Return what of ``state`` is to be sent: some factors, at the rank that was trained."""
+    return state.part(job.sends, model.settings.rank)
 
 
 def _person(privacy: PrivacySettings) -> Literal["record", "patient"]:

@@ -36,14 +36,14 @@ class Request:
     payload: Payload
     broadcast: bytes | None
 
-    def adapter(self) -> bytes:
-        """Return the adapter's bytes.
+    def parcel(self) -> bytes:
+        """Return what brings the adapter; empty if nothing came with the message.
 
         Raises:
-            SealingError: there is none, or it is not the one that the server signed.
+            SealingError: it is not what the server signed.
         """
         if self.broadcast is None:
-            raise SealingError("the server's message carries no adapter: it is not used")
+            return b""
         text = self.payload.text(CONTENT_KEY, source=_SOURCE)
         try:
             key = ContentKey.from_bytes(bytes.fromhex(text))

@@ -4,19 +4,31 @@ Glue between what a clinic computed and the protocol (``fedpeft.secagg``): which
 numbers are summed, and when a further sum would tell too much.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fedpeft.errors import AlreadyAggregated, OutOfOrder, WrongContext
+from fedpeft.adapters import AdapterState
+from fedpeft.config import LEAST_SUMMANDS
+from fedpeft.errors import AlreadyAggregated, OutOfOrder, TooFewClinics, WrongContext
 from fedpeft.protocol import EVALUATE, TRAIN, Job, SumTerms
-from fedpeft.protocol.sums import INTEGERS, counts_alike, fixed_point, model_digest
+from fedpeft.protocol.sums import (
+    counts_alike,
+    fixed_point,
+    integers_of,
+    levels_of,
+    model_digest,
+    weight_of_level,
+)
 from fedpeft.sealing import Context
 from fedpeft.secagg import (
     STAGES,
     AdmitPeers,
+    AgreeToSum,
     ClinicSession,
     Layout,
     Quantiser,
@@ -31,15 +43,19 @@ from fedpeft_client.work import Assignment, Measured
 
 @dataclass(frozen=True)
 class _Contribution:
-    """Values float32 (coordinates,), their weight in rows, and integers, to be masked."""
+    """Values float32 (coordinates,), their weight in rows, and integers, to be masked.
+
+    ``names`` are those of the integers in their order.
+    """
 
     values: NDArray[np.float32]
     weight: int
     integers: Mapping[str, int]
+    names: tuple[str, ...]
     terms: SumTerms
 
     def masked(self, clinics: int, add: Sequence[bytes], subtract: Sequence[bytes]) -> bytes:
-        layout = Layout(self.values.size, INTEGERS, self.terms.bits, clinics)
+        layout = Layout(self.values.size, self.names, self.terms.bits, clinics)
         quantiser = Quantiser(self.terms.bits, self.terms.limit)
         masked, _ = masked_vector(
             self.values, self.weight, self.integers, quantiser, layout, add, subtract
@@ -93,10 +109,11 @@ class SecureSums:
             session,
             clinic.name,
             clinic.membership.identity,
-            _contribution(outcome, job),
+            _contribution(outcome, job, clinic.name),
             adversary=clinic.aggregation.adversary,
             least=(job.privacy and job.privacy.honest_clinics) or 0,
             admit=admit,
+            agree=_agreement(job, clinic.name, kind),
         )
         self._sessions[clinic.name] = context, opened
         return opened.receive(STAGES[0], b"")
@@ -139,14 +156,51 @@ class SecureSums:
             self._sessions.pop(name)[1].end()
 
 
-def _contribution(outcome: Trained | Measured, job: Job) -> _Contribution:
+def _agreement(job: Job, name: str, kind: str) -> AgreeToSum:
+    """Return the check of who is in a sum where clinics train different ranks.
+
+    At least ``LEAST_SUMMANDS`` must train all the columns that clinic ``name`` does, and,
+    if they count by their rows, as many or none at each rank.
+    """
+    ranks = job.ranks
+    if ranks is None or kind != TRAIN:
+        return lambda _clinics: None
+    own = ranks.rank(name)
+
+    def agree(clinics: Collection[str]) -> None:
+        at = Counter(ranks.rank(clinic) for clinic in clinics)
+        beside = sum(count for rank, count in at.items() if rank >= own)
+        groups = [beside] if ranks.alike else [beside, *at.values()]
+        if (fewest := min(groups)) < LEAST_SUMMANDS:
+            raise TooFewClinics(
+                f"{fewest} of the sum's clinics have a rank that at least {LEAST_SUMMANDS} must "
+                "have, as the sum would show what single ones sent: this clinic reveals nothing"
+            )
+
+    return agree
+
+
+def _contribution(outcome: Trained | Measured, job: Job, name: str) -> _Contribution:
     trained = isinstance(outcome, Trained)
+    weight = outcome.rows if trained and not counts_alike(job) else 1
     integers = {
         "num-examples": outcome.rows,
         "nll": fixed_point(outcome.nll),
         "tokens": outcome.tokens,
         "within-clip": int(trained and outcome.within_clip),
     }
-    values = outcome.update.values.float().numpy() if trained else np.zeros(0, np.float32)
-    weight = outcome.rows if trained and not counts_alike(job.privacy) else 1
-    return _Contribution(values, weight, integers, job.aggregation)
+    if job.ranks is not None:
+        own = job.ranks.rank(name)
+        integers |= {
+            weight_of_level(level): weight if level <= own else 0 for level in levels_of(job)
+        }
+    values = _padded(outcome.update, job, name) if trained else np.zeros(0, np.float32)
+    return _Contribution(values, weight, integers, integers_of(job), job.aggregation)
+
+
+def _padded(update: AdapterState, job: Job, name: str) -> NDArray[np.float32]:
+    """Return an update's values with zeros in the columns that the clinic did not train."""
+    if job.ranks is not None and update.schema.rank == job.ranks.rank(name):
+        schema = update.schema.of_rank(job.adapter.rank)
+        update = AdapterState(schema, torch.zeros(schema.numel)).with_part(update)
+    return update.values.float().numpy()

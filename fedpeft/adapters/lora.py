@@ -1,12 +1,17 @@
 """Our adapter settings as PEFT's ``LoraConfig``."""
 
-from peft import LoraConfig
+from typing import TYPE_CHECKING
 
 from fedpeft.config import AdapterSettings
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
-def lora_config(settings: AdapterSettings, base_name: str | None = None) -> LoraConfig:
+
+def lora_config(settings: AdapterSettings, base_name: str | None = None) -> "LoraConfig":
     """Return the stock configuration; ``base_name`` becomes ``base_model_name_or_path``."""
+    from peft import LoraConfig  # takes seconds, and most commands need none
+
     target = settings.target_modules
     return LoraConfig(
         r=settings.rank,

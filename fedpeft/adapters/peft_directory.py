@@ -42,6 +42,7 @@ _BEYOND_PLAIN_LORA = (
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin (``init_lora_weights``) that change the base model along with the adapter."""
 _BASE_FILE = "fedpeft.json"
+_ADVICE = "name a directory written by fedpeft or by PEFT's save_pretrained"
 
 
 def save_adapter(
@@ -109,8 +110,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise TypeError  # put into words below
     except (OSError, ValueError, TypeError) as error:
         raise AdapterError(
-            f"{path.parent} holds no readable {path.name} ({type(error).__name__}); "
-            "name a directory written by fedpeft or by PEFT's save_pretrained"
+            f"{path.parent} holds no readable {path.name} ({type(error).__name__}); {_ADVICE}"
         ) from None
     return cast("dict[str, Any]", config)
 
@@ -139,7 +139,7 @@ def load_adapter(directory: Path, schema: AdapterSchema) -> AdapterState:
             f"the adapter in {directory} belongs to base model {fingerprint[:12]}, not to "
             f"{schema.fingerprint[:12]}; use it with the base model that it was trained on"
         )
-    return AdapterState.from_tensors(_read_weights(directory / WEIGHTS_FILE), schema)
+    return AdapterState.from_tensors(read_tensors(directory / WEIGHTS_FILE, _ADVICE), schema)
 
 
 def _recorded_base(directory: Path) -> str | None:
@@ -156,13 +156,17 @@ def _recorded_base(directory: Path) -> str | None:
         ) from None
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file by name; ``advice`` ends the sentence of an error.
+
+    Raises:
+        AdapterError: the file cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             names = cast("list[str]", file.keys())
             return {name: cast("torch.Tensor", file.get_tensor(name)) for name in names}
     except (OSError, SafetensorError) as error:
         raise AdapterError(
-            f"{path} cannot be read as adapter weights ({type(error).__name__}); "
-            "name a directory written by fedpeft or by PEFT's save_pretrained"
+            f"{path} cannot be read as adapter weights ({type(error).__name__}); {advice}"
         ) from None

@@ -6,10 +6,15 @@ Knows nothing of torch modules, files or messages.
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from fedpeft.errors import AdapterError, SchemaMismatch
+
+Factors = Literal["A", "B", "AB"]
+"""Which of the two low-rank factors of every module are meant."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,6 +57,11 @@ class TensorSpec:
         """Count of coordinates."""
         return math.prod(self.shape)
 
+    def of_rank(self, rank: int) -> "TensorSpec":
+        """Return the factor of a pair of another rank between the same widths."""
+        shape = (rank, self.shape[1]) if self.factor == "A" else (self.shape[0], rank)
+        return replace(self, shape=shape)
+
 
 @dataclass(frozen=True)
 class AdapterSchema:
@@ -79,6 +89,39 @@ class AdapterSchema:
     def itemsize(self) -> int:
         """Bytes of one coordinate."""
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def rank(self) -> int:
+        """The largest rank; all pairs of one adapter have the same."""
+        return max(tensor.rank for tensor in self.tensors)
+
+    @property
+    def factors(self) -> Factors:
+        """Which factors there are."""
+        found = {tensor.factor for tensor in self.tensors}
+        return "AB" if len(found) == 2 else "A" if found == {"A"} else "B"
+
+    def part(self, factors: Factors, rank: int | None = None) -> "AdapterSchema":
+        """Return the schema of some factors, cut to their first ``rank`` rows of A, columns of B.
+
+        Raises:
+            AdapterError: there is no such part.
+        """
+        rank = self.rank if rank is None else rank
+        kept = [tensor for tensor in self.tensors if tensor.factor in factors]
+        if not kept or not 1 <= rank <= self.rank:
+            raise AdapterError(
+                f"an adapter of factors {self.factors} and rank {self.rank} has no part of "
+                f"factors {factors} and rank {rank}"
+            )
+        if len(kept) == len(self.tensors) and rank == self.rank:
+            return self
+        return self.of_rank(rank, kept)
+
+    def of_rank(self, rank: int, tensors: Sequence[TensorSpec] | None = None) -> "AdapterSchema":
+        """Return the schema with another rank; ``tensors`` are all of this one's by default."""
+        chosen = self.tensors if tensors is None else tensors
+        return replace(self, tensors=tuple(tensor.of_rank(rank) for tensor in chosen))
 
     @cached_property
     def hash(self) -> str:

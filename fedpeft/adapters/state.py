@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.adapters.schema import AdapterSchema, TensorSpec
+from fedpeft.adapters.schema import AdapterSchema, Factors, TensorSpec
 from fedpeft.errors import AdapterError, NotFinite
 
 DTYPES: dict[str, torch.dtype] = {
@@ -58,6 +58,31 @@ class AdapterState:
         pairs = zip(self.schema.tensors, parts, strict=True)
         return {spec.name: part.view(spec.shape) for spec, part in pairs}
 
+    def part(self, factors: Factors, rank: int | None = None) -> "AdapterState":
+        """Return a copy of some factors' first ``rank`` rows of A, columns of B.
+
+        Raises:
+            AdapterError: there is no such part.
+        """
+        schema = self.schema.part(factors, rank)
+        tensors = self.tensors()
+        flat = [tensors[spec.name][_prefix(spec)].reshape(-1) for spec in schema.tensors]
+        return AdapterState(schema, torch.cat(flat))
+
+    def with_part(self, part: "AdapterState") -> "AdapterState":
+        """Return a copy in which the coordinates of ``part`` (see :meth:`part`) are replaced.
+
+        Raises:
+            SchemaMismatch: ``part`` is not one of this adapter.
+        """
+        own = self.schema.part(part.schema.factors, min(part.schema.rank, self.schema.rank))
+        own.require(part.schema.hash, source="the part")
+        whole = AdapterState(self.schema, self.values.clone())
+        tensors = whole.tensors()
+        for spec, values in zip(part.schema.tensors, part.tensors().values(), strict=True):
+            tensors[spec.name][_prefix(spec)] = values
+        return whole
+
     def minus(self, other: "AdapterState") -> "AdapterState":
         """Return ``self - other``: the change that leads from ``other`` to ``self``."""
         self.schema.require(other.schema.hash, source="the subtrahend")
@@ -70,7 +95,7 @@ class AdapterState:
 
     def norm(self) -> float:
         """Euclidean norm over all coordinates."""
-        return float(torch.linalg.vector_norm(self.values.to(torch.float32)))
+        return float(torch.linalg.vector_norm(self.values, dtype=torch.float32))
 
     def require_finite(self, *, source: str) -> None:
         """Check that there is no NaN or infinity.
@@ -78,12 +103,19 @@ class AdapterState:
         Raises:
             NotFinite: says how many coordinates are not finite.
         """
-        bad = int((~torch.isfinite(self.values)).sum())
-        if bad:
+        # The extremes carry every NaN and infinity, and need no mask as long as an adapter.
+        low, high = torch.aminmax(self.values)
+        if not torch.isfinite(low) or not torch.isfinite(high):
+            bad = int((~torch.isfinite(self.values)).sum())
             raise NotFinite(
                 f"the adapter from {source} has {bad} of {self.schema.numel} coordinates that are "
                 "NaN or infinite; it is not used: lower training.learning_rate if it happens again"
             )
+
+
+def _prefix(spec: TensorSpec) -> tuple[slice, slice]:
+    """Return where a factor's first rows (A) or columns (B) lie in one of a higher rank."""
+    return slice(spec.shape[0]), slice(spec.shape[1])
 
 
 def schema_of(tensors: dict[str, torch.Tensor], fingerprint: str, dtype: str) -> AdapterSchema:
@@ -97,44 +129,3 @@ def schema_of(tensors: dict[str, torch.Tensor], fingerprint: str, dtype: str) ->
         shape = tuple(tensor.shape)
         specs.append(TensorSpec(name, (shape[0], shape[1]) if len(shape) == 2 else (0, 0)))
     return AdapterSchema(tuple(specs), fingerprint, dtype)
-
-
-class WeightedMean:
-    """Streaming Σ w_i·x_i / Σ w_i over adapter states, in O(1) states of memory.
-
-    The sum is kept in float64, so the order of arrival changes a coordinate by
-    rounding of that precision only.
-    """
-
-    def __init__(self, schema: AdapterSchema) -> None:
-        self._schema = schema
-        self._sum = torch.zeros(schema.numel, dtype=torch.float64)
-        self._weight = 0.0
-
-    def add(self, state: AdapterState, weight: float) -> None:
-        """Fold one state in; ``weight`` > 0.
-
-        Raises:
-            AdapterError: the weight is not a positive finite number.
-            SchemaMismatch: the state is of another schema.
-        """
-        self._schema.require(state.schema.hash, source="the update")
-        if not 0 < weight < float("inf"):
-            raise AdapterError(f"an update's weight must be positive and finite, not {weight}")
-        self._sum.add_(state.values, alpha=weight)
-        self._weight += weight
-
-    @property
-    def weight(self) -> float:
-        """Σ w_i so far."""
-        return self._weight
-
-    def result(self) -> AdapterState:
-        """Return the mean in the schema's dtype.
-
-        Raises:
-            AdapterError: nothing was added.
-        """
-        if not self._weight:
-            raise AdapterError("the mean of no updates is undefined")
-        return AdapterState(self._schema, (self._sum / self._weight).to(DTYPES[self._schema.dtype]))

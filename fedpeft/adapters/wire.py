@@ -32,7 +32,11 @@ def to_bytes(state: AdapterState, kind: Kind) -> bytes:
 
 
 def from_bytes(data: bytes, schema: AdapterSchema, kind: Kind, *, source: str) -> AdapterState:
-    """Read what :func:`to_bytes` wrote; ``schema`` is the one that was agreed (a copy is made).
+    """Read what :func:`to_bytes` wrote; ``schema`` is the one that was agreed.
+
+    The values lie in ``data`` itself, which stays in memory as long as they do: a copy
+    would be the largest part of what a server holds beside its sum. They are not to be
+    written to.
 
     Raises:
         SchemaMismatch: magic, version, kind, schema hash, count or length is not as agreed.
@@ -51,8 +55,9 @@ def from_bytes(data: bytes, schema: AdapterSchema, kind: Kind, *, source: str) -
     expected = HEADER_BYTES + schema.numel * dtype.itemsize
     if numel != schema.numel or len(data) != expected:
         raise _refused(source, f"it has {len(data)} bytes where {expected} were agreed")
-    raw = np.frombuffer(data, dtype=np.uint8, offset=HEADER_BYTES).copy()
-    return AdapterState(schema, torch.from_numpy(raw).view(dtype))
+    # Not torch.frombuffer: it warns of bytes that cannot be written, once in a process.
+    raw = torch.from_dlpack(np.frombuffer(data, dtype=np.uint8, offset=HEADER_BYTES))
+    return AdapterState(schema, raw.view(dtype))
 
 
 def _refused(source: str, why: str) -> SchemaMismatch:

@@ -39,7 +39,7 @@ class ModelSettings(Settings):
 class AdapterSettings(Settings):
     """The LoRA adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(default=8, ge=1, le=1024)
+    rank: int = Field(default=8, ge=1, le=16384)
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
@@ -115,9 +115,25 @@ class AggregationSettings(Settings):
 
 
 class StrategySettings(Settings):
-    """How updates become the next adapter."""
+    """How updates become the next adapter; ``fedpeft strategies`` lists the names."""
 
-    name: str = "fedavg"
+    name: str = "alternating"
+    inner: str | None = None
+    """What ``fedprox`` and the server optimisers are laid around; None: ``fedavg``."""
+    reorthonormalize: bool = False
+    """``ffa``: give A anew each round from the SVD of BA (FedSVD, arXiv:2505.12805)."""
+    byzantine: int = Field(default=1, ge=1)
+    """``trimmed-mean`` and ``multi-krum``: how many clinics may send anything."""
+    max_norm: float | None = Field(default=None, gt=0)
+    """``norm-bound``: the longest change that is not shortened; None: the round's median."""
+    server_learning_rate: float | None = Field(default=None, gt=0)
+    """Of a server optimiser; None: 1 - beta_1 for ``fedavgm``, 0.01 for the adaptive ones."""
+    beta_1: float = Field(default=0.9, ge=0, lt=1)
+    """A server optimiser's momentum."""
+    beta_2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the second moment of ``fedadam`` and ``fedyogi``."""
+    tau: float = Field(default=1e-3, gt=0)
+    """Adaptivity of ``fedadam``, ``fedyogi`` and ``fedadagrad`` (Reddi et al. 2021)."""
 
 
 class ClinicSettings(Settings):
@@ -129,6 +145,8 @@ class ClinicSettings(Settings):
     format: str | None = None
     """Record layout; None: detected from the file."""
     skip_bad_rows: bool = False
+    max_rank: int | None = Field(default=None, ge=1)
+    """The largest rank that it trains; None: any."""
 
 
 class FederationSettings(Settings):

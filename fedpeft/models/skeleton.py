@@ -1,12 +1,12 @@
-"""An adapter's schema and first values from the base model's configuration alone.
+"""LoRA put on a network, and an adapter's schema from the base model's configuration alone.
 
-The central site needs both and must never load a base model, so the network is
+The central site needs the schema and must never load a base model, so the network is
 built on torch's meta device: shapes without storage.
 """
 
-import math
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -14,13 +14,17 @@ from peft.utils.error import NoMatchingPeftModuleError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.adapters import AdapterSchema, AdapterState, lora_config, schema_of
+from fedpeft.adapters import AdapterSchema, at_rank, lora_config, schema_of
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import AdapterError, ModelError
 from fedpeft.models.fingerprint import fingerprint
 from fedpeft.models.source import NOT_A_MODEL, require_complete
 
 _LINEAR = (torch.nn.Linear, Conv1D)
+OWN = "default"
+"""PEFT's name of the adapter that can be trained."""
+REST = "rest"
+"""PEFT's name of the one beside it, which cannot."""
 
 
 def adapter_schema(directory: Path, settings: AdapterSettings) -> AdapterSchema:
@@ -45,12 +49,22 @@ def adapter_schema(directory: Path, settings: AdapterSettings) -> AdapterSchema:
         ) from error
     with torch.device("meta"):
         adapted = attach_lora(network, settings)
-    tensors = get_peft_model_state_dict(adapted)
-    return schema_of(tensors, fingerprint(directory), "float32")
+    return schema_of(lora_tensors(adapted), fingerprint(directory), "float32")
 
 
-def attach_lora(network: PreTrainedModel, settings: AdapterSettings) -> PeftModel:
+def lora_tensors(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the factors of the adapter that can be trained, by their names in a saved one."""
+    # Said aloud: the default adds the embeddings where the head has an adapter.
+    return get_peft_model_state_dict(adapted, adapter_name=OWN, save_embedding_layers=False)
+
+
+def attach_lora(
+    network: PreTrainedModel, settings: AdapterSettings, *, rest_rank: int = 0
+) -> PeftModel:
     """Wrap ``network`` with a fresh LoRA adapter (PEFT; ``network`` itself is changed).
+
+    With ``rest_rank`` a second adapter of that rank is active beside the first, at the
+    same scale alpha/rank and without dropout, as nothing in it is trained.
 
     Raises:
         AdapterError: one of ``target_modules`` matches no linear module of the model.
@@ -60,7 +74,12 @@ def attach_lora(network: PreTrainedModel, settings: AdapterSettings) -> PeftMode
         with warnings.catch_warnings():
             # peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            return get_peft_model(network, lora_config(settings))  # pyright: ignore[reportReturnType]
+            # Of a head that shares the embeddings' weights: nothing is merged into those here.
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings.*", UserWarning)
+            adapted = cast("PeftModel", get_peft_model(network, lora_config(settings)))
+            if rest_rank:
+                _attach_rest(adapted, settings, rest_rank)
+            return adapted
     except NoMatchingPeftModuleError:
         raise AdapterError(
             "the base model has no linear module that an adapter could be put on; use another one"
@@ -86,11 +105,9 @@ def _require_targets(network: PreTrainedModel, settings: AdapterSettings) -> Non
         )
 
 
-def initial_state(schema: AdapterSchema, seed: int) -> AdapterState:
-    """Return LoRA's start: A Kaiming-uniform (a = √5, as PEFT draws it), B zero, so BA = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    state = AdapterState(schema, torch.zeros(schema.numel))
-    for spec, tensor in zip(schema.tensors, state.tensors().values(), strict=True):
-        if spec.factor == "A":
-            torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-    return state
+def _attach_rest(adapted: PeftModel, settings: AdapterSettings, rank: int) -> None:
+    rest = at_rank(settings, rank).model_copy(update={"dropout": 0.0})
+    adapted.add_adapter(REST, lora_config(rest))
+    tuner = cast("Any", adapted.base_model)
+    tuner.set_adapter([OWN, REST])
+    tuner.set_requires_grad(REST, requires_grad=False)

@@ -11,6 +11,7 @@ import torch
 from fedpeft.config import AdapterSettings, ComputeDtype, Quantization
 from fedpeft.models.adapted import AdaptedModel
 from fedpeft.models.base import load_base
+from fedpeft.models.base_change import BaseChange, Products
 from fedpeft.models.hardware import choose_device, choose_dtype
 
 
@@ -19,6 +20,7 @@ class Workbench:
 
     def __init__(self) -> None:
         self._key: tuple[Path, Quantization, torch.dtype, torch.device] | None = None
+        self._change: BaseChange | None = None
         self._adapted: AdaptedModel | None = None
 
     def adapted(
@@ -28,27 +30,36 @@ class Workbench:
         *,
         quantization: Quantization,
         dtype: ComputeDtype,
+        rest_rank: int = 0,
+        base_change: Products = (),
     ) -> AdaptedModel:
         """Return the model of ``directory`` with an adapter of ``settings``, loading what is new.
 
+        ``rest_rank`` is as in :class:`AdaptedModel`. The products of ``base_change`` are
+        added to the base model's weights at the adapter's scale alpha/rank, and no others.
+
         Raises:
-            ModelError: the base model cannot be loaded.
-            AdapterError: the settings do not fit the base model.
+            ModelError: the base model cannot be loaded, or not be changed.
+            AdapterError: the settings, or the products, do not fit the base model.
         """
         device = choose_device()
         key = (directory.resolve(), quantization, choose_dtype(dtype, device), device)
-        if self._adapted is not None and self._key == key and self._adapted.settings == settings:
-            return self._adapted
-        if self._adapted is not None and self._key == key:
-            base = self._adapted.detach()
-            # Not kept if the settings do not fit: PEFT leaves a network half changed.
-            self._adapted = None
-        else:
-            self.clear()  # before loading: two bases may not fit
+        scale = settings.alpha / settings.rank
+        model, change = self._adapted, self._change
+        if self._key != key or not (change and change.begins(base_change, scale)):
+            model = change = None
+        # Not kept if anything fails: PEFT leaves a network half changed.
+        self.clear()
+        if model is None or change is None:
             base = load_base(key[0], quantization=quantization, dtype=key[2], device=device)
-        self._key, self._adapted = key, AdaptedModel(base, settings)
-        return self._adapted
+            change = BaseChange(base)
+            model = AdaptedModel(base, settings, rest_rank=rest_rank)
+        elif (model.settings, model.rest_rank) != (settings, rest_rank):
+            model = AdaptedModel(model.detach(), settings, rest_rank=rest_rank)
+        change.extend(base_change, scale)
+        self._key, self._change, self._adapted = key, change, model
+        return model
 
     def clear(self) -> None:
         """Let go of the base model."""
-        self._key = self._adapted = None
+        self._key = self._change = self._adapted = None

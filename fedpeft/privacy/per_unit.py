@@ -4,7 +4,8 @@ Each LoRA factor is a linear map. While a :class:`UnitGradients` listens, its we
 gradient is not summed over the rows of a batch: row i's share, the outer products of
 what came in and what came back over its positions, goes to the slot of the unit that
 row i belongs to. Works whatever the base computes in, under gradient checkpointing,
-and for modules that are used more than once. Knows nothing of losses, samples or noise.
+and for modules that are used more than once. A factor that is not trained is left alone.
+Knows nothing of losses, samples or noise.
 """
 
 import contextlib
@@ -19,9 +20,9 @@ from fedpeft.models import AdaptedModel
 
 
 class UnitGradients:
-    """Room for the gradients of ``units`` units: ``slots``, float32, (units, schema.numel).
+    """Room for the gradients of ``units`` units: ``slots``, float32, (units, trained.numel).
 
-    Coordinates are in the order of the adapter's schema, as in ``model.gradient``.
+    Coordinates are in the order of ``model.trained``, as in ``model.gradient``.
 
     Formal guarantee: where a row's loss depends on that row alone, which
     :func:`fedpeft.training.separable.require_separable` measures, a slot holds the
@@ -29,14 +30,14 @@ class UnitGradients:
     floating-point rounding: padding to a longer row may change the order of a sum.
 
     Raises:
-        NotSeparable: a trainable factor is no plain linear map; names it.
+        NotSeparable: a trained factor is no plain linear map; names it.
     """
 
     def __init__(self, model: AdaptedModel, units: int) -> None:
-        self.slots = torch.zeros((units, model.schema.numel), device=model.device)
+        self.slots = torch.zeros((units, model.trained.numel), device=model.device)
         self._factors: list[_Factor] = []
         modules, offset = model.factor_modules(), 0
-        for spec in model.schema.tensors:
+        for spec in model.trained.tensors:
             view = self.slots[:, offset : offset + spec.numel].view(units, *spec.shape)
             self._factors.append(_Factor(spec.name, _plain_linear(spec.name, modules), view))
             offset += spec.numel

@@ -1,41 +1,28 @@
 """What clinic and server say to each other, over Flower's messages."""
 
 from fedpeft.protocol.carrier import carried, carry, raw
-from fedpeft.protocol.job import PROTOCOL_VERSION, Job, SumTerms
-from fedpeft.protocol.payload import CONTENT_KEY, JOB, Payload, Value
+from fedpeft.protocol.job import PROTOCOL_VERSION, Job, RankTerms, SumTerms
+from fedpeft.protocol.payload import ADAPTER, CONTENT_KEY, JOB, MAX_RANK, Payload, Value
 from fedpeft.protocol.records import (
-    ARRAYS,
-    CONFIG,
     EVALUATE,
     KINDS,
-    METRICS,
     NUM_EXAMPLES,
     TRAIN,
     TRAIN_NLL,
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
-    array_record,
-    blob_of,
-    config_record,
-    job_from,
-    mean_loss,
-    metric_from,
-    metric_record,
-    state_from,
-    state_of,
 )
 from fedpeft.protocol.sums import MESSAGE_TYPES
 
 __all__ = [
-    "ARRAYS",
-    "CONFIG",
+    "ADAPTER",
     "CONTENT_KEY",
     "EVALUATE",
     "JOB",
     "KINDS",
+    "MAX_RANK",
     "MESSAGE_TYPES",
-    "METRICS",
     "NUM_EXAMPLES",
     "PROTOCOL_VERSION",
     "TRAIN",
@@ -45,18 +32,10 @@ __all__ = [
     "VALID_TOKENS",
     "Job",
     "Payload",
+    "RankTerms",
     "SumTerms",
     "Value",
-    "array_record",
-    "blob_of",
     "carried",
     "carry",
-    "config_record",
-    "job_from",
-    "mean_loss",
-    "metric_from",
-    "metric_record",
     "raw",
-    "state_from",
-    "state_of",
 ]

@@ -1,7 +1,10 @@
 """What the server asks a clinic to do in one message, in words both sides validate."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field, ValidationError, model_validator
 
+from fedpeft.adapters import Factors
 from fedpeft.config import (
     AdapterSettings,
     Adversary,
@@ -14,7 +17,7 @@ from fedpeft.config import (
 )
 from fedpeft.errors import ConfigError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class SumTerms(Settings):
@@ -27,11 +30,33 @@ class SumTerms(Settings):
     """Public range of one weighted coordinate of one clinic."""
 
 
+class RankTerms(Settings):
+    """How clinics of different ranks take part in one round.
+
+    ``of`` holds each clinic's rank by its name, and ``others`` that of clinics which are
+    not named. Everybody sees it, so that a clinic can count who trains a column with it.
+    """
+
+    rule: Literal["nested", "truncated", "stacked"]
+    """``nested``: over the rest of the adapter, frozen. Else: of the first columns alone."""
+    of: dict[Name, Annotated[int, Field(ge=1)]]
+    others: int = Field(ge=1)
+    alike: bool = False
+    """Clinics count the same, whatever their rows: where fewer than three have a rank, the
+    weights that are summed for each rank would show their rows."""
+
+    def rank(self, clinic: str) -> int:
+        """Return the rank at which ``clinic`` takes part."""
+        return self.of.get(clinic, self.others)
+
+
 class Job(Settings):
     """One round's work. It carries no path, no code and no choice of data."""
 
     protocol: int = Field(default=PROTOCOL_VERSION, ge=PROTOCOL_VERSION, le=PROTOCOL_VERSION)
     federation: Name
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Tells the run from all others, also after a restart of the server."""
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     quantization: Quantization
     adapter: AdapterSettings
@@ -39,6 +64,14 @@ class Job(Settings):
     aggregation: SumTerms
     privacy: PrivacySettings | None = None
     """With the clip of this round; a seed for tests never travels."""
+    trains: Factors = "AB"
+    """The factors to train; the others stay as they are."""
+    sends: Factors = "AB"
+    """Those of them that leave the clinic; what it trains and does not send, it keeps."""
+    ranks: RankTerms | None = None
+    """None: everybody takes part at ``adapter.rank``."""
+    base_change: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """SHA-256 of the products to be added to the base model, in order (see parcel.py)."""
     round: int = Field(ge=0)
     rounds: int = Field(ge=1)
 
@@ -46,6 +79,18 @@ class Job(Settings):
     def _round_is_one_of_the_run(self) -> "Job":
         if self.round > self.rounds:
             raise ValueError("the round is beyond the last one")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_sent_was_trained(self) -> "Job":
+        if not set(self.sends) <= set(self.trains):
+            raise ValueError("a factor is to be sent that is not trained")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_are_parts_of_the_adapter(self) -> "Job":
+        if self.ranks and max((self.ranks.others, *self.ranks.of.values())) > self.adapter.rank:
+            raise ValueError("a clinic's rank is beyond the adapter's")
         return self
 
     def to_json(self) -> str:

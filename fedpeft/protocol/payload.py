@@ -8,8 +8,11 @@ from typing import Any, Final, cast
 from fedpeft.errors import SealingError
 
 _LENGTH: Final = struct.Struct("<I")
-JOB, CONTENT_KEY = "job", "content-key"
-"""Fields of a message that begins work: the job as JSON, and the broadcast's key (secret)."""
+JOB, ADAPTER, CONTENT_KEY = "job", "adapter", "content-key"
+"""Fields of a message that begins work: the job as JSON, the digest of what the clinic is
+to hold (see parcel.py), and the key of the broadcast that brings it (secret)."""
+MAX_RANK: Final = "max-rank"
+"""Field of an evaluation's answer: the largest rank that the clinic trains."""
 Value = str | int | float
 
 

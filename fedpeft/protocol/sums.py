@@ -24,6 +24,30 @@ INTEGERS: Final = ("num-examples", "nll", "tokens", "clipped", "within-clip")
 whether the update was within the clip norm of clinic-level privacy (0 or 1)."""
 _FRACTION_BITS: Final = 16
 
+
+def levels_of(job: Job) -> tuple[int, ...]:
+    """Return the ranks at which clinics take part, ascending."""
+    if job.ranks is None:
+        return (job.adapter.rank,)
+    return tuple(sorted({*job.ranks.of.values(), job.ranks.others}))
+
+
+def integers_of(job: Job) -> tuple[str, ...]:
+    """Return the integers that are summed under a job.
+
+    Where ranks differ, the weights of those who trained at least the columns of each
+    level are summed too, in the same vector, as a column's divisor.
+    """
+    if job.ranks is None:
+        return INTEGERS
+    return (*INTEGERS, *(weight_of_level(level) for level in levels_of(job)))
+
+
+def weight_of_level(level: int) -> str:
+    """Return the name of the integer: the weights of all clinics of that rank or above."""
+    return f"weight-of-rank-{level}"
+
+
 GRID_BITS: Final = 24
 """Bits of a coordinate under distributed noise: whole numbers, which float32 holds exactly."""
 
@@ -44,12 +68,14 @@ def wrapped(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return (values + centre) % (2 * centre + 1) - centre
 
 
-def counts_alike(privacy: PrivacySettings | None) -> bool:
+def counts_alike(job: Job) -> bool:
     """Say whether every clinic counts the same in a mean, rather than by its rows.
 
-    Noise that is added to a sum hides a clinic only as well as the largest weight allows.
+    Noise that is added to a sum hides a clinic only as well as the largest weight allows,
+    and weights that are summed by rank may show a clinic's rows.
     """
-    return privacy is not None and privacy.mechanism != "local"
+    noisy = job.privacy is not None and job.privacy.mechanism != "local"
+    return noisy or (job.ranks is not None and job.ranks.alike)
 
 
 def on_grid(privacy: PrivacySettings | None) -> bool:

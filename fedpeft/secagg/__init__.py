@@ -1,6 +1,13 @@
 """Secure aggregation: the server learns the sum of the clinics' vectors and nothing else."""
 
-from fedpeft.secagg.clinic_side import STAGES, AdmitPeers, ClinicSession, Contribution, State
+from fedpeft.secagg.clinic_side import (
+    STAGES,
+    AdmitPeers,
+    AgreeToSum,
+    ClinicSession,
+    Contribution,
+    State,
+)
 from fedpeft.secagg.masked_vector import CLIPPED, masked_vector
 from fedpeft.secagg.quantise import Quantiser
 from fedpeft.secagg.server_side import Aggregation, SecureSum, Terms
@@ -12,6 +19,7 @@ __all__ = [
     "STAGES",
     "AdmitPeers",
     "Aggregation",
+    "AgreeToSum",
     "ClinicSession",
     "Contribution",
     "Layout",

@@ -80,6 +80,12 @@ class Contribution(Protocol):
 
 AdmitPeers = Callable[[Mapping[str, bytes]], object]
 """Told name and Ed25519 key of the other clinics; raises to refuse one (UnknownPeer)."""
+AgreeToSum = Callable[[Collection[str]], object]
+"""Told the names of all clinics of a sum; raises to refuse it (TooFewClinics)."""
+
+
+def _always(_clinics: Collection[str]) -> None:
+    return
 
 
 class ClinicSession:
@@ -95,8 +101,14 @@ class ClinicSession:
         adversary: Adversary,
         admit: AdmitPeers,
         least: int = 0,
+        agree: AgreeToSum = _always,
     ) -> None:
-        """Begin; ``least`` is how many clinics the sum must have beyond what is always asked."""
+        """Begin.
+
+        ``least`` is how many clinics the sum must have beyond what is always asked.
+        ``agree`` is asked about the clinics of the sum before anything is masked, and
+        again before anything is opened.
+        """
         self._session = session
         self._name = name
         self._identity = identity
@@ -104,6 +116,7 @@ class ClinicSession:
         self._adversary: Adversary = adversary
         self._admit = admit
         self._least = max(least, LEAST_SUMMANDS)
+        self._agree = agree
         self._state = State.READY
         self._secrets: _Secrets | None = _Secrets()
         self._roster: Roster | None = None
@@ -235,6 +248,7 @@ class ClinicSession:
                 "the server leaves this clinic out of those that shared: the round is left"
             )
         self._require_enough(inbox.senders, "shared")
+        self._agree(self._names(inbox.senders))
         others = sorted(inbox.senders - {own})
         for place, box in zip(others, inbox.boxes, strict=True):
             entry = roster.entries[place]
@@ -279,6 +293,7 @@ class ClinicSession:
                 "nothing: the round is left"
             )
         self._require_enough(members, "survived")
+        self._agree(self._names(members))
         self._survivors = members
         return self._identity.sign(survivors_statement(self._session, roster, members))
 
@@ -330,6 +345,9 @@ class ClinicSession:
                 f"{len(members)} clinics {what} where the threshold of the secure aggregation is "
                 f"{least}: this clinic reveals nothing"
             )
+
+    def _names(self, members: Collection[int]) -> list[str]:
+        return [self._agreed.names[place] for place in sorted(members)]
 
     @property
     def _kept(self) -> "_Secrets":

@@ -7,7 +7,12 @@ from fedpeft.config import FederationSettings
 from fedpeft.errors import ConfigError
 from fedpeft.sealing import Identity, PublicIdentity
 from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.settings import BudgetSettings, ConfidentialitySettings, DataSettings
+from fedpeft_client.settings import (
+    BudgetSettings,
+    ConfidentialitySettings,
+    DataSettings,
+    LimitSettings,
+)
 
 
 def simulated_clinics(
@@ -17,9 +22,11 @@ def simulated_clinics(
     *,
     relative_to: Path,
     ledgers: Path,
+    personal: Path,
 ) -> Sequence[Clinic]:
     """Return the clinics in the order of the file; data paths count from ``relative_to``,
-    and privacy ledgers of this run alone lie in ``ledgers``.
+    and privacy ledgers and personal factors of this run alone lie in ``ledgers`` and
+    ``personal``.
 
     Each gets an identity of its own, and demands of the server ``server`` what the
     federation offers: one file speaks for both sides.
@@ -56,8 +63,10 @@ def simulated_clinics(
                 skip_bad_rows=entry.skip_bad_rows,
             ),
             dtype=settings.model.dtype,
+            limits=LimitSettings(max_rank=entry.max_rank or settings.adapter.rank),
             aggregation=demands,
             ledger=ledgers / f"{entry.name}.sqlite",
+            personal_directory=personal / entry.name,
             privacy=allowed,
             test_seed=privacy and privacy.test_seed,
         )

@@ -102,7 +102,7 @@ def _settings(clinic: Clinic, threads: int, enrolment: Enrolment) -> ClientSetti
                 "valid": clinic.data.valid and clinic.data.valid.resolve(),
             }
         ),
-        limits=LimitSettings(threads=threads, min_free_disk_mb=0),
+        limits=LimitSettings(threads=threads, max_rank=clinic.limits.max_rank, min_free_disk_mb=0),
         aggregation=clinic.aggregation,
         privacy=clinic.privacy.model_copy(update={"ledger": clinic.ledger.resolve()}),
     )

@@ -15,6 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpeft.flower_pin import quiet_flower_log
 from fedpeft.sealing import PublicIdentity
 from fedpeft.simulation.wire import through_the_wire
 from fedpeft.training import Observer
@@ -144,6 +145,7 @@ def run_local(
     tell: Callable[[str], None] | None = None,
 ) -> None:
     """Run ``federation`` with all ``clinics`` on one copy of the base model."""
+    quiet_flower_log()
     desk = ClinicDesk(
         lambda context: clinics[context.node_id - _FIRST_NODE], ClinicWork(observe, tell)
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from fedpeft.config import FederationSettings, load_settings
 from fedpeft.demo.clinics import write_federation
 from fedpeft.simulation.run import Engine, Simulation
+from fedpeft_strategies import require_possible
 
 
 def plan_simulation(
@@ -20,6 +21,7 @@ def plan_simulation(
         settings = load_settings(FederationSettings, federation, overrides)
         return Simulation(settings, federation.resolve().parent, out, engine)
     settings = embedded_settings(overrides)
+    require_possible(settings)  # before a file is written
     write_federation(out / "data")
     return Simulation(settings, (out / "data").resolve(), out, engine)
 

@@ -60,6 +60,8 @@ def simulate(
     model = resolve_base(settings.model.base, relative_to=simulation.relative_to)
     if settings.model.fingerprint is not None:
         require_fingerprint(fingerprint(model), settings.model.fingerprint, model)
+    schema = adapter_schema(model, settings.adapter)
+    strategy = build_strategy(settings, schema)
     server = Identity.generate()
     clinics = simulated_clinics(
         settings,
@@ -67,9 +69,8 @@ def simulate(
         server.public,
         relative_to=simulation.relative_to,
         ledgers=simulation.out / "ledgers",
+        personal=simulation.out / "personal",
     )
-    schema = adapter_schema(model, settings.adapter)
-    strategy = build_strategy(settings.strategy.name, schema)
     directory = RunDirectory(simulation.out, settings, engine=simulation.engine)
     federation = Federation(settings, schema, strategy, directory, watcher, server)
     if simulation.engine == "local":

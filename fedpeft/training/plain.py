@@ -19,7 +19,7 @@ from fedpeft.training.steps import StepLoss, add_proximal_term, summed_loss
 
 
 class PlainSteps:
-    """The steps of ``place.round``; ``start`` is the adapter, flat, at its beginning."""
+    """The steps of ``place.round``; ``start`` holds the weights at its beginning."""
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class PrivateSum(PrivateAccess):
     """One step in whole numbers, of which this clinic adds only a share of the noise.
 
     ``grid`` is a power of two in the gradient's unit; ``share`` returns the noise, int64,
-    (schema.numel,), in units of the grid.
+    (trained.numel,), in units of the grid.
     """
 
     grid: float
@@ -109,7 +109,7 @@ def private_steps(units: int, settings: TrainingSettings) -> tuple[int, float]:
 
 
 class PrivateSteps:
-    """The noisy steps of a round; ``start`` is the adapter, flat, at its beginning.
+    """The noisy steps of a round; ``start`` holds the weights at its beginning.
 
     Formal guarantee: of the records, the adapter after the round depends only on the
     noisy sums of its steps. A step's sum changes by at most ``clip`` when a unit is
@@ -136,7 +136,7 @@ class PrivateSteps:
         self._model, self._private, self._start = model, private, start
         self._proximal_mu = settings.proximal_mu
         self._units = _SampledUnits(model, examples, settings, private)
-        self._total = torch.zeros(model.schema.numel, dtype=torch.float64, device=model.device)
+        self._total = torch.zeros(model.trained.numel, dtype=torch.float64, device=model.device)
         self.dropout_seed = _secret_seed(private.sampler)
 
     @property
@@ -162,7 +162,7 @@ def private_sum(
     settings: TrainingSettings,
     private: PrivateSum,
 ) -> tuple[NDArray[np.int64], StepLoss]:
-    """Return one step's sum over the sampled units, int64, (schema.numel,), with its noise.
+    """Return one step's sum over the sampled units, int64, (trained.numel,), with its noise.
 
     In units of ``grid``, and not divided by anything: sums of clinics add up exactly.
     The adapter is not changed. The StepLoss must stay on this machine.
@@ -176,7 +176,7 @@ def private_sum(
         DataError: patients are to be protected and a record names none.
     """
     units = _SampledUnits(model, examples, settings, private)
-    total = np.zeros(model.schema.numel, np.int64)
+    total = np.zeros(model.trained.numel, np.int64)
 
     def add(gradient: torch.Tensor) -> None:
         np.add(total, round_to_grid(gradient.cpu().numpy(), private.grid), out=total)
@@ -208,7 +208,7 @@ class _SampledUnits:
     def visit(self, step: int, add: Callable[[torch.Tensor], object]) -> StepLoss:
         """Charge for ``step``, sample, and call ``add`` with each unit's clipped gradient.
 
-        That is float64, (schema.numel,), of norm at most the clip. A unit whose gradient
+        That is float64, (trained.numel,), of norm at most the clip. A unit whose gradient
         is not finite is left out (see :func:`fedpeft.privacy.clipping.clipped`). As many
         units and as many rows are in memory as the micro-batch has rows; what is added
         does not depend on that.

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from fedpeft.adapters import AdapterSchema, AdapterState
 from fedpeft.data import EncodedExample
 from fedpeft.errors import NotFinite, NotSeparable
 from fedpeft.models import AdaptedModel
@@ -25,34 +26,35 @@ _COARSE_TOLERANCE = 5e-2
 _WEIGHT_SCALE = 0.02
 """Of the random adapter to measure on. With B = 0, as at the start, A has no gradient."""
 
-_measured: weakref.WeakSet[AdaptedModel] = weakref.WeakSet()
+_measured: weakref.WeakKeyDictionary[AdaptedModel, set[AdapterSchema]] = weakref.WeakKeyDictionary()
+"""What was measured on which model, by the schema of what it trained."""
 
 
 def require_separable(model: AdaptedModel) -> None:
-    """Compare two rows' gradients in one batch with those of each row alone; once a model.
+    """Compare two rows' gradients in one batch with those of each row alone.
 
-    The rows are made up, so that nothing can be learnt from the outcome. They differ in
-    length and in their number of targets. Dropout is off; the adapter is left as it was.
+    Done once for each part of an adapter that a model trains. The rows are made up, so
+    that nothing can be learnt from the outcome. They differ in length and in their number
+    of targets. Dropout is off; the adapter is left as it was.
 
     Raises:
         NotSeparable: the gradients differ, or a part of the model is known to mix rows.
         NotFinite: not even made-up rows have a finite gradient.
     """
-    if model in _measured:
+    done = _measured.setdefault(model, set())
+    if model.trained in done:
         return
     _refuse_batch_norm(model)
-    kept = model.weights.detach().clone()
+    kept = model.read()
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(len(kept), generator=generator) * _WEIGHT_SCALE
+    values = torch.randn(model.schema.numel, generator=generator) * _WEIGHT_SCALE
     model.eval_mode()
     try:
-        with torch.no_grad():
-            model.weights.copy_(values)
+        model.load(AdapterState(model.schema, values))
         _measure(model)
     finally:
-        with torch.no_grad():
-            model.weights.copy_(kept)
-    _measured.add(model)
+        model.load(kept)
+    done.add(model.trained)
 
 
 def _refuse_batch_norm(model: AdaptedModel) -> None:

@@ -4,21 +4,22 @@ Two ways stand beside this file: ``opened`` (the server opens each answer) and
 ``summed`` (it learns the sum only).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from flwr.app import Array, Message
 from pydantic import BaseModel, ConfigDict
 
+from fedpeft.adapters import AdapterState
 from fedpeft.config import Confidentiality
-from fedpeft.errors import FederationError
-from fedpeft.protocol import CONTENT_KEY, JOB, Job, Payload, blob_of, job_from, raw
+from fedpeft.errors import AdapterError
+from fedpeft.protocol import MAX_RANK, Job, Payload, RankTerms
 from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
-from fedpeft.sealing import seal_broadcast
-from fedpeft_server.channel import Letter
+from fedpeft_server.delivery import Order
 
 Kind = Literal["train", "evaluate"]
+Sink = Callable[[AdapterState, float], None]
+"""Takes an update and its weight, as it arrives; raises a FedpeftError if it cannot be used."""
 
 
 class ConfidentialityRecord(BaseModel):
@@ -26,7 +27,7 @@ class ConfidentialityRecord(BaseModel):
 
     ``threshold``, ``bits``, ``limit`` and ``clipped`` (coordinates of all clinics) are None
     where the server opened each update; ``limit`` is the range of this round and
-    ``next_limit`` of the one after it, in rows times change of a coordinate.
+    ``next_limit`` of the next one like it, in rows times change of a coordinate.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,58 +42,63 @@ class ConfidentialityRecord(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What all answers together report: training rows, and loss (nats) over target tokens."""
+
+    rows: int = 0
+    nll: float = 0.0
+    tokens: int = 0
+
+    @property
+    def loss(self) -> float | None:
+        """The loss in nats a token; None where no tokens were reported."""
+        return self.nll / self.tokens if self.tokens else None
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Return both together."""
+        return Sums(
+            rows=self.rows + other.rows,
+            nll=self.nll + other.nll,
+            tokens=self.tokens + other.tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """What came of asking all clinics once.
 
-    ``replies`` are for the strategy, each with an update and its sums: one for each
-    clinic, or one for all. ``losses`` holds the validation loss of those clinics that
-    the server may know, ``trouble`` a sentence if there is no result. ``privacy`` is what
-    the clinics report of their losses, and ``within_clip`` counts the updates that
-    clinic-level privacy left uncut.
+    ``losses`` holds the validation loss of those clinics that the server may know,
+    ``trouble`` a sentence if there is no result. ``privacy`` is what the clinics report of
+    their losses, ``within_clip`` counts the updates that clinic-level privacy left uncut,
+    ``ranks`` is at which ranks they took part, and ``max_ranks`` which they can train.
     """
 
     participants: tuple[str, ...] = ()
     failed: dict[str, str] = field(default_factory=dict[str, str])
-    replies: tuple[Message, ...] = ()
+    sums: Sums = Sums()
     losses: dict[str, float] = field(default_factory=dict[str, float])
     confidentiality: ConfidentialityRecord | None = None
     trouble: str = ""
     privacy: dict[str, ClinicPrivacy] = field(default_factory=dict[str, ClinicPrivacy])
     within_clip: int = 0
+    max_ranks: dict[str, int] = field(default_factory=dict[str, int])
+    ranks: RankTerms | None = None
 
 
 class Collector(Protocol):
     """One way to ask all clinics."""
 
     def collect(
-        self, kind: Kind, number: int, attempt: int, messages: Iterable[Message], timeout_s: float
+        self,
+        kind: Kind,
+        number: int,
+        attempt: int,
+        order: Order,
+        nodes: Collection[int],
+        sink: Sink,
     ) -> Collected:
-        """Deliver the strategy's ``messages`` in confidence and collect what is answered."""
+        """Ask ``nodes`` in confidence, and hand updates to ``sink`` as they arrive."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One of the strategy's messages: the job and the adapter's bytes for one node."""
-
-    node: int
-    job: Job
-    adapter: bytes
-
-
-def orders_of(messages: Iterable[Message]) -> list[Order]:
-    """Read the strategy's messages.
-
-    Raises:
-        FederationError: a message carries no adapter.
-    """
-    orders: list[Order] = []
-    for message in messages:
-        adapter = blob_of(message.content)
-        if adapter is None:
-            raise FederationError("the strategy sends a clinic no adapter")
-        orders.append(Order(message.metadata.dst_node_id, job_from(message.content), adapter))
-    return orders
 
 
 def privacy_of(name: str, payload: Payload, job: Job) -> dict[str, ClinicPrivacy]:
@@ -107,17 +113,13 @@ def privacy_of(name: str, payload: Payload, job: Job) -> dict[str, ClinicPrivacy
     return {name: clinic_privacy(str(text), source=f"clinic {name}")}
 
 
-class Printer:
-    """Turns orders into letters, encrypting each adapter once however many clinics get it."""
+def max_rank_of(name: str, payload: Payload) -> dict[str, int]:
+    """Return the largest rank that a clinic says it trains, by its name.
 
-    def __init__(self) -> None:
-        self._broadcasts: dict[bytes, tuple[Array, str]] = {}
-
-    def letter(self, order: Order) -> Letter:
-        """Return the letter for an order's clinic."""
-        if order.adapter not in self._broadcasts:
-            data, key = seal_broadcast(order.adapter)
-            self._broadcasts[order.adapter] = raw(data), key.to_bytes().hex()
-        broadcast, key = self._broadcasts[order.adapter]
-        fields = {JOB: order.job.to_json(), CONTENT_KEY: key}
-        return Letter(Payload({**fields}), broadcast)
+    Raises:
+        AdapterError: it says none.
+    """
+    rank = payload.fields.get(MAX_RANK)
+    if not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"clinic {name} reports no usable largest rank; its answer is not used")
+    return {name: rank}

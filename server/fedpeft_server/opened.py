@@ -4,119 +4,137 @@ For strategies that need single updates. A clinic takes part only if its people
 allowed that (``require_secagg = false``).
 """
 
-from collections.abc import Iterable, Mapping
-
-from flwr.app import Message, RecordDict
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from fedpeft.adapters import AdapterSchema, from_bytes
 from fedpeft.errors import AdapterError
 from fedpeft.protocol import (
-    ARRAYS,
-    METRICS,
     NUM_EXAMPLES,
     TRAIN,
     TRAIN_NLL,
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
+    Job,
     Payload,
-    array_record,
-    metric_from,
-    metric_record,
 )
 from fedpeft.protocol.privacy import ClinicPrivacy
-from fedpeft.protocol.records import Metric
-from fedpeft_server.channel import Channel
 from fedpeft_server.collection import (
     Collected,
     ConfidentialityRecord,
     Kind,
-    Printer,
-    orders_of,
+    Sink,
+    Sums,
+    max_rank_of,
     privacy_of,
 )
+from fedpeft_server.delivery import Delivery, Order
 
-_METRICS: Mapping[Kind, tuple[Metric, ...]] = {
-    "train": (NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS),
-    "evaluate": (VALID_NLL, VALID_TOKENS),
-}
+_TOO_MUCH = 2.0**53
+"""Beyond it float64 does not hold each count; no honest figure comes near."""
 
 
 class OpenedCollector:
     """Collects single answers; see :class:`fedpeft_server.collection.Collector`."""
 
-    def __init__(self, channel: Channel, schema: AdapterSchema) -> None:
-        self._channel = channel
+    def __init__(self, delivery: Delivery, schema: AdapterSchema, timeout_s: float) -> None:
+        self._delivery = delivery
         self._schema = schema
+        self._timeout_s = timeout_s
 
     def collect(
-        self, kind: Kind, number: int, attempt: int, messages: Iterable[Message], timeout_s: float
+        self,
+        kind: Kind,
+        number: int,
+        attempt: int,
+        order: Order,
+        nodes: Collection[int],
+        sink: Sink,
     ) -> Collected:
         """Ask everybody once, and check each answer as it comes."""
-        orders, printer = orders_of(messages), Printer()
-        letters = {order.node: printer.letter(order) for order in orders}
-        nodes = {name: node for node, name in self._channel.names().items()}
-        replies: dict[str, Message] = {}
-        privacy: dict[str, ClinicPrivacy] = {}
+        found = _Found()
+        job = order.job
 
         def accept(name: str, payload: Payload) -> None:
-            content = self._content(kind, name, payload)
             if kind == TRAIN:
-                privacy.update(privacy_of(name, payload, orders[0].job))
-            replies[name] = Message(content, nodes[name], kind)
+                told = privacy_of(name, payload, job)
+                sums = self._trained(name, payload, job, sink)
+                found.privacy.update(told)
+            else:
+                sums = _measured(name, payload)
+                found.max_ranks.update(max_rank_of(name, payload))
+            found.sums[name] = sums
 
-        failed = self._channel.ask(
-            kind, number, attempt, letters, timeout_s=timeout_s, accept=accept
+        failed = self._delivery.ask(
+            kind, number, attempt, order, nodes, timeout_s=self._timeout_s, accept=accept
         )
-        ordered = dict(sorted(replies.items()))
-        width = self._schema.itemsize if kind == TRAIN else None
+        sums = dict(sorted(found.sums.items()))
+        together = Sums()
+        for one in sums.values():
+            together = together.plus(one)
+        losses = {name: one.loss for name, one in sums.items()} if kind != TRAIN else {}
         return Collected(
-            participants=tuple(ordered),
+            participants=tuple(sums),
             failed=failed,
-            replies=tuple(ordered.values()),
-            losses=_losses(ordered) if kind != TRAIN else {},
+            sums=together,
+            losses={name: loss for name, loss in losses.items() if loss is not None},
             confidentiality=ConfidentialityRecord(
                 mode="sealed",
                 threshold=None,
-                survivors=len(ordered),
+                survivors=len(sums),
                 bits=None,
-                wire_bytes_per_coordinate=width,
+                wire_bytes_per_coordinate=self._schema.itemsize if kind == TRAIN else None,
             ),
-            privacy=privacy,
+            privacy=found.privacy,
+            max_ranks=found.max_ranks,
         )
 
-    def _content(self, kind: Kind, name: str, payload: Payload) -> RecordDict:
-        """Return what a clinic sent as the strategy reads it.
+    def _trained(self, name: str, payload: Payload, job: Job, sink: Sink) -> Sums:
+        """Hand over a clinic's update, and return what it reports.
 
         Raises:
-            AdapterError, NotFinite: it cannot be used.
+            FedpeftError: it cannot be used.
         """
-        metrics = metric_record(
-            {metric: _number(payload, metric, name) for metric in _METRICS[kind]}
+        source = f"clinic {name}"
+        sums = Sums(
+            rows=int(_number(payload, NUM_EXAMPLES, source)),
+            nll=_number(payload, TRAIN_NLL, source),
+            tokens=int(_number(payload, TRAIN_TOKENS, source)),
         )
-        content = RecordDict({METRICS: metrics})
-        for metric in _METRICS[kind]:
-            metric_from(content, metric)
-        if kind == TRAIN:
-            source = f"clinic {name}"
-            update = from_bytes(payload.blob, self._schema, "update", source=source)
-            update.require_finite(source=source)
-            if not metric_from(content, NUM_EXAMPLES):
-                raise AdapterError(f"{source} reports an update of no examples; it is not used")
-            content[ARRAYS] = array_record(update, "update")
-        return content
+        if not sums.rows:
+            raise AdapterError(f"{source} reports an update of no examples; it is not used")
+        rank = job.ranks.rank(name) if job.ranks else None
+        part = self._schema.part(job.sends, rank)
+        update = from_bytes(payload.blob, part, "update", source=source)
+        update.require_finite(source=source)
+        sink(update, sums.rows)
+        return sums
 
 
-def _number(payload: Payload, metric: Metric, name: str) -> int | float:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What came so far, by clinic."""
+
+    sums: dict[str, Sums] = field(default_factory=dict[str, Sums])
+    privacy: dict[str, ClinicPrivacy] = field(default_factory=dict[str, ClinicPrivacy])
+    max_ranks: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def _measured(name: str, payload: Payload) -> Sums:
+    source = f"clinic {name}"
+    return Sums(
+        nll=_number(payload, VALID_NLL, source), tokens=int(_number(payload, VALID_TOKENS, source))
+    )
+
+
+def _number(payload: Payload, metric: str, source: str) -> float:
+    """Read one reported number.
+
+    Raises:
+        AdapterError: it is missing, negative, not finite, or beyond what any clinic has.
+    """
     value = payload.fields.get(metric)
-    if not isinstance(value, int | float):
-        raise AdapterError(f"clinic {name} reports no usable {metric}; its answer is not used")
+    if not isinstance(value, int | float) or not 0 <= value < _TOO_MUCH:
+        raise AdapterError(f"{source} reports no usable {metric}; its answer is not used")
     return value
-
-
-def _losses(replies: Mapping[str, Message]) -> dict[str, float]:
-    losses: dict[str, float] = {}
-    for name, reply in replies.items():
-        if tokens := metric_from(reply.content, VALID_TOKENS):
-            losses[name] = metric_from(reply.content, VALID_NLL) / tokens
-    return losses

@@ -8,8 +8,9 @@ import math
 
 import numpy as np
 
-from fedpeft.config import TrainingSettings
-from fedpeft.protocol import TRAIN, Job
+from fedpeft.adapters import Factors
+from fedpeft.config import FederationSettings, TrainingSettings
+from fedpeft.protocol import TRAIN, Job, RankTerms
 from fedpeft.secagg import SecureSum
 
 _TOLERATED = 1e-4
@@ -17,6 +18,35 @@ _TOLERATED = 1e-4
 _WIDEN, _NARROW, _ROOM = 4.0, 0.5, 2.0
 _UNKNOWN_ROWS = 1000
 """Rows of a clinic, as long as no sum has told their mean."""
+
+
+class Ranges:
+    """The range of the next round of one run.
+
+    A round that sends factor A says nothing of one that sends B, and where clinics count
+    alike a coordinate is a change, not rows times a change.
+    """
+
+    def __init__(self, settings: FederationSettings) -> None:
+        self._fixed = settings.aggregation.limit
+        self._training = settings.training
+        self._first = first_limit(settings.training)
+        self._found: dict[tuple[Factors, bool], float] = {}
+
+    def limit(self, sends: Factors, ranks: RankTerms | None) -> float:
+        """Return the range of a round in which clinics send ``sends``."""
+        if self._fixed is not None:
+            return self._fixed
+        alike = ranks is not None and ranks.alike
+        first = first_limit(self._training) / _UNKNOWN_ROWS if alike else self._first
+        return self._found.get((sends, alike), first)
+
+    def follow(self, found: float, sent: Factors | None, ranks: RankTerms | None) -> None:
+        """Take over what a round suggests for the next like it; ``sent`` is None for round 0."""
+        if sent is None:
+            self._first = found
+        else:
+            self._found[sent, ranks is not None and ranks.alike] = found
 
 
 def first_limit(training: TrainingSettings, rows: float = _UNKNOWN_ROWS) -> float:

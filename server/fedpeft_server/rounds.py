@@ -1,78 +1,39 @@
 """The round loop: every round is asked for, checked, aggregated, evaluated and made durable.
 
-Flower's own ``Strategy.start`` can neither begin at round N, stop early nor go
-on after a crash, so the loop is ours and calls the strategy's hooks.
+Flower's own ``Strategy.start`` can neither begin at round N, stop early, fold updates as
+they arrive nor go on after a crash, so the loop is ours.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from flwr.app import Message
-from flwr.serverapp.strategy import Strategy
-
-from fedpeft.adapters import AdapterSchema, AdapterState
+from fedpeft.adapters import AdapterSchema, AdapterState, Mixing, to_bytes
 from fedpeft.config import FederationSettings
-from fedpeft.errors import LASTING_REASONS, FederationError
+from fedpeft.errors import LASTING_REASONS, FederationError, TooFewClinics
 from fedpeft.models import initial_state
-from fedpeft.protocol import (
-    EVALUATE,
-    TRAIN,
-    TRAIN_NLL,
-    TRAIN_TOKENS,
-    VALID_NLL,
-    VALID_TOKENS,
-    Job,
-    array_record,
-    config_record,
-    mean_loss,
-    state_of,
-)
+from fedpeft.protocol import EVALUATE, TRAIN, Job, RankTerms
+from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
 from fedpeft.secagg.threshold import floor_of
 from fedpeft_server.channel import Channel
-from fedpeft_server.collection import Collected, Collector, Kind
+from fedpeft_server.collection import Collected, Collector, Kind, Sink
+from fedpeft_server.delivery import Delivery, Order
+from fedpeft_server.intake import Intake
 from fedpeft_server.link import Link
 from fedpeft_server.opened import OpenedCollector
+from fedpeft_server.outcome import Outcome
 from fedpeft_server.privacy_record import PrivacyRecord, beyond_goal
-from fedpeft_server.quantisation_range import first_limit
+from fedpeft_server.quantisation_range import Ranges
+from fedpeft_server.ranks import RankPlan
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
 from fedpeft_server.shield import shield_of
 from fedpeft_server.summed import SummedCollector
+from fedpeft_server.watcher import Watcher
+from fedpeft_strategies.strategy import Fold, Strategy
 
 _POLL_S = 0.2
-
-
-class Watcher(Protocol):
-    """Somebody who is told how the run goes on."""
-
-    def waiting(self, connected: int, enrolled: int, minimum: int) -> None:
-        """Too few clinics are connected yet."""
-        ...
-
-    def asked(self, number: int, kind: str, clinics: list[str]) -> None:
-        """The clinics are about to get a message of ``kind`` (train, evaluate, train.keys ...).
-
-        Round 0 is the evaluation of the base model.
-        """
-        ...
-
-    def warned(self, sentence: str) -> None:
-        """Something about the run should be known before it goes on."""
-        ...
-
-    def round_repeated(self, number: int, why: str) -> None:
-        """Too few usable answers came."""
-        ...
-
-    def round_finished(self, record: RoundRecord) -> None:
-        """A round is aggregated and durable."""
-        ...
-
-    def finished(self, records: list[RoundRecord]) -> None:
-        """The run has come to its end; ``records`` are all of its rounds."""
-        ...
 
 
 class Federation:
@@ -93,8 +54,11 @@ class Federation:
         self._directory = directory
         self._watcher = watcher
         self._identity = identity
-        self._limit = settings.aggregation.limit or first_limit(settings.training)
-        self._shield = shield_of(settings, schema)
+        self._ranges = Ranges(settings)
+        self._shield = shield_of(settings, schema.part(strategy.sends(1)).numel)
+        hidden = settings.aggregation.confidentiality == "secagg"
+        self._ranks = RankPlan(strategy.ranks, settings.adapter.rank, hidden=hidden)
+        self._lowered: list[str] = []
 
     def run(self, link: Link) -> None:
         """Run the rounds that are not finished yet.
@@ -110,71 +74,85 @@ class Federation:
             self._watcher.warned(caution)
         collector = self._collector(link)
         if last is None:
-            state = initial_state(self._schema, self._settings.training.seed)
-            last = 0
+            start = initial_state(self._schema, self._settings.training.seed)
+            standing, last = _Standing(self._strategy.start(start)), 0
             watch = _Stopwatch(link)
-            base = self._insist(link, collector, last, EVALUATE, state)
-            self._finish(last, watch, None, base, state)
+            base = self._insist(link, collector, last, EVALUATE, standing)[0]
+            self._finish(last, watch, None, base, standing)
         else:
-            state = self._directory.adapter_of(last, self._schema)
-            self._directory.publish(state)
-            for record in self._directory.records():
-                self._follow(record)
+            standing = self._go_on(last)
         if released := self._directory.released():
             self._shield.follow(released)
         for number in range(last + 1, self._settings.rounds.count + 1):
             if self._out_of_patience():
                 break
             watch = _Stopwatch(link)
-            trained, privacy = self._shield.release(
-                self._insist(link, collector, number, TRAIN, state)
-            )
-            if privacy is not None and privacy.next_clip is not None:
-                # The clinics' ledgers remember what they spent; of this server's noise nobody does.
-                self._directory.note_release(privacy)
-            state, loss = self._aggregate(number, trained)
-            evaluated = self._collect(link, collector, number, 1, EVALUATE, state)
-            self._finish(number, watch, _Half(trained, loss, privacy), evaluated, state)
+            trained, fold = self._insist(link, collector, number, TRAIN, standing)
+            half, standing = self._aggregate(number, trained, fold, standing)
+            evaluated = self._collect(link, collector, number, 1, EVALUATE, standing, _nowhere)
+            self._finish(number, watch, half, evaluated, standing)
         records = self._directory.records()
         if passed := beyond_goal(self._settings, [record.privacy for record in records]):
             self._watcher.warned(passed)
         self._watcher.finished(records)
 
+    def _go_on(self, last: int) -> "_Standing":
+        """Take over where the last finished round ended."""
+        found = self._directory.outcome_of(last, self._schema)
+        self._strategy.recall(found.memory)
+        self._directory.publish(found)
+        for record in self._directory.records():
+            self._follow(record)
+        return _Standing(found.adapter, found.increments)
+
     def _collector(self, link: Link) -> Collector:
         """Return the way in which answers are collected under the federation's settings."""
+        settings = self._settings
         channel = Channel(
             link,
             self._identity,
-            federation=self._settings.name,
+            federation=settings.name,
             schema=self._schema.hash,
             values=self._schema.numel,
         )
-        aggregation = self._settings.aggregation
-        if aggregation.confidentiality == "sealed":
-            return OpenedCollector(channel, self._schema)
+        delivery, timeout_s = Delivery(channel), settings.rounds.timeout_s
+        if settings.aggregation.confidentiality == "sealed":
+            return OpenedCollector(delivery, self._schema, timeout_s)
         return SummedCollector(
             channel,
+            delivery,
             self._schema,
-            aggregation,
-            minimum=self._settings.rounds.minimum_clinics,
+            settings.aggregation,
+            minimum=settings.rounds.minimum_clinics,
             least=self._shield.least,
-            told=self._watcher.asked,
+            timeout_s=timeout_s,
+            watcher=self._watcher,
         )
 
     def _insist(
-        self, link: Link, collector: Collector, number: int, kind: Kind, state: AdapterState
-    ) -> Collected:
+        self, link: Link, collector: Collector, number: int, kind: Kind, standing: "_Standing"
+    ) -> tuple[Collected, "_Folding | None"]:
         """Ask again while fewer usable answers come than the minimum.
+
+        Returns:
+            What came, and of a training round the way that the updates took.
 
         Raises:
             FederationError: too few came, however often it was asked.
         """
-        rounds, why = self._settings.rounds, ""
+        rounds, why, failed = self._settings.rounds, "", list[str]()
         for attempt in range(1, rounds.retries + 2):
             self._gather(link, number)
-            collected = self._collect(link, collector, number, attempt, kind, state)
+            folding = self._folding(number, standing) if kind == TRAIN else None
+            sink = folding.intake.add if folding is not None else _nowhere
+            collected = self._collect(
+                link, collector, number, attempt, kind, standing, sink, failed
+            )
+            # Who refused for want of others is not what was wanting.
+            reasons = collected.failed.items()
+            failed = [name for name, reason in reasons if reason != TooFewClinics.reason]
             if len(collected.participants) >= rounds.minimum_clinics:
-                return collected
+                return collected, folding
             why = self._too_few(collected)
             if self._is_hopeless(link, collected):
                 raise FederationError(
@@ -188,6 +166,11 @@ class Federation:
             f"round {number} failed {rounds.retries + 1} times: {why}; mend what the reasons name, "
             f"then start again: finished rounds are kept in {self._directory.path}"
         )
+
+    def _folding(self, number: int, standing: "_Standing") -> "_Folding":
+        fold = self._strategy.fold(number, standing.adapter)
+        part = self._schema.part(self._strategy.sends(number))
+        return _Folding(fold, self._shield.intake(fold, part))
 
     def _is_hopeless(self, link: Link, collected: Collected) -> bool:
         """Say whether too few clinics are left that could answer if they were asked again."""
@@ -205,30 +188,59 @@ class Federation:
         number: int,
         attempt: int,
         kind: Kind,
-        state: AdapterState,
+        standing: "_Standing",
+        sink: Sink,
+        failed: Collection[str] = (),
     ) -> Collected:
-        """Send ``state`` to everybody, to train from or to keep and evaluate."""
-        configure: Callable[..., Iterable[Message]] = (
-            self._strategy.configure_train if kind == TRAIN else self._strategy.configure_evaluate
-        )
-        job = config_record(self._job(number))
-        messages = list(configure(number, array_record(state, "adapter"), job, link.grid))
-        if not messages:
+        """Send the adapter to everybody, to train from or to keep and evaluate.
+
+        On the clinics that ``failed`` in the attempt before, no rank is built.
+        """
+        nodes = sorted(link.grid.get_node_ids())
+        if not nodes:
             return Collected()
         names = link.names()
-        asked = sorted(names[message.metadata.dst_node_id] for message in messages)
+        asked = sorted(names[node] for node in nodes)
+        job = self._job(
+            number, self._terms([name for name in asked if name not in failed] or asked), standing
+        )
         self._watcher.asked(number, kind, asked)
-        timeout_s = self._settings.rounds.timeout_s
-        return collector.collect(kind, number, attempt, messages, timeout_s)
+        order = Order(job, standing.held, standing.mixing)
+        collected = collector.collect(kind, number, attempt, order, nodes, sink)
+        self._ranks.heard(collected.max_ranks)
+        return replace(collected, ranks=job.ranks)
 
-    def _aggregate(self, number: int, collected: Collected) -> tuple[AdapterState, float | None]:
-        """Return the next adapter and the token-weighted mean of the training loss."""
-        arrays, metrics = self._strategy.aggregate_train(number, collected.replies)
-        if arrays is None or metrics is None:
-            raise FederationError(f"the strategy made no adapter of round {number}'s updates")
-        state = state_of(arrays, self._schema, "adapter", source="the strategy")
-        state.require_finite(source=f"the aggregation of round {number}")
-        return state, mean_loss(metrics, TRAIN_NLL, TRAIN_TOKENS)
+    def _terms(self, clinics: list[str]) -> RankTerms | None:
+        """Return at which ranks ``clinics`` take part, and say whose was lowered."""
+        terms = self._ranks.terms(clinics)
+        lowered = self._ranks.lowered(terms)
+        if lowered and lowered != self._lowered:
+            self._watcher.warned(
+                f"fewer columns of the adapter are trained at {', '.join(lowered)} than could be, "
+                "as too few clinics have so high a rank for a sum to hide them"
+            )
+        self._lowered = lowered
+        return terms
+
+    def _aggregate(
+        self, number: int, trained: Collected, folding: "_Folding | None", standing: "_Standing"
+    ) -> tuple["_Half", "_Standing"]:
+        """Return what the round's updates became."""
+        if folding is None:
+            raise FederationError("a round must be trained before it is aggregated")
+        privacy = folding.intake.close(trained)
+        if privacy is not None and privacy.next_clip is not None:
+            # The clinics' ledgers remember what they spent; of this server's noise nobody does.
+            self._directory.note_release(privacy)
+        found = folding.fold.result()
+        found.adapter.require_finite(source=f"the aggregation of round {number}")
+        increments = standing.increments
+        if found.increment is not None:
+            found.increment.require_finite(source=f"the aggregation of round {number}")
+            increments = (*increments, found.increment)
+        new = len(increments) - len(standing.increments)
+        half = _Half(trained, privacy, found.product_error, new)
+        return half, _Standing(found.adapter, increments, found.mixing)
 
     def _finish(
         self,
@@ -236,11 +248,9 @@ class Federation:
         watch: "_Stopwatch",
         half: "_Half | None",
         evaluated: Collected,
-        state: AdapterState,
+        standing: "_Standing",
     ) -> None:
         """Make the round durable and say so; ``half`` is None in round 0."""
-        metrics = self._strategy.aggregate_evaluate(number, evaluated.replies)
-        overall = mean_loss(metrics, VALID_NLL, VALID_TOKENS) if metrics is not None else None
         trained = half.trained if half else Collected()
         failed = {**evaluated.failed, **trained.failed}
         up, down, seconds = watch.read()
@@ -248,16 +258,25 @@ class Federation:
             round=number,
             participants=trained.participants,
             failed=tuple(FailedClinic(clinic=n, reason=r) for n, r in sorted(failed.items())),
-            train_loss=half.loss if half else None,
-            valid_loss=overall,
+            train_loss=trained.sums.loss,
+            valid_loss=evaluated.sums.loss,
             per_clinic=evaluated.losses,
             bytes_up=up,
             bytes_down=down,
             seconds=seconds,
             confidentiality=(trained if half else evaluated).confidentiality,
             privacy=half.privacy if half else None,
+            sent=self._strategy.sends(number) if half else None,
+            product_error=half.product_error if half else None,
+            ranks=trained.ranks,
+            max_ranks=evaluated.max_ranks,
         )
-        self._directory.save_round(record, state)
+        outcome = Outcome(
+            adapter=standing.adapter,
+            memory=self._strategy.memory(),
+            increments=standing.increments,
+        )
+        self._directory.save_round(record, outcome, new=half.new_increments if half else 0)
         self._follow(record)
         self._watcher.round_finished(record)
 
@@ -265,9 +284,10 @@ class Federation:
         """Quantise and clip the next round as the last one suggests."""
         if record.privacy is not None:
             self._shield.follow(record.privacy)
+        self._ranks.heard(record.max_ranks)
         found = record.confidentiality.next_limit if record.confidentiality else None
-        if self._settings.aggregation.limit is None and found is not None:
-            self._limit = found
+        if found is not None:
+            self._ranges.follow(found, record.sent, record.ranks)
 
     def _gather(self, link: Link, number: int) -> None:
         """Wait for the minimum of clinics, and for a while for the other enrolled ones.
@@ -311,27 +331,63 @@ class Federation:
             f"{self._settings.rounds.minimum_clinics} ({failed or 'no other clinic is connected'})"
         )
 
-    def _job(self, number: int) -> Job:
+    def _job(self, number: int, ranks: RankTerms | None, standing: "_Standing") -> Job:
+        trains, sends = ("AB", "AB")
+        if number:
+            trains, sends = self._strategy.trains(number), self._strategy.sends(number)
         return Job(
             federation=self._settings.name,
+            run=self._directory.id,
             fingerprint=self._schema.fingerprint,
             quantization=self._settings.model.quantization,
             adapter=self._settings.adapter,
             training=self._settings.training,
-            aggregation=self._shield.terms(self._limit),
+            aggregation=self._shield.terms(self._ranges.limit(sends, ranks)),
             privacy=self._shield.asked(),
+            trains=trains,
+            sends=sends,
+            ranks=ranks,
+            base_change=tuple(one.digest for one in standing.held.increments),
             round=number,
             rounds=self._settings.rounds.count,
         )
 
 
+def _nowhere(_update: AdapterState, _weight: float) -> None:
+    """Take an update where none is asked for."""
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What all clinics work on, and how it followed from what they held before."""
+
+    adapter: AdapterState
+    increments: tuple[AdapterState, ...] = ()
+    mixing: Mixing | None = None
+
+    @cached_property
+    def held(self) -> Held:
+        """The same as a clinic holds it."""
+        products = [Increment(one.schema.rank, to_bytes(one, "update")) for one in self.increments]
+        return Held(self.adapter, tuple(products))
+
+
+@dataclass(frozen=True, slots=True)
+class _Folding:
+    """One attempt at a training round: the strategy's fold, and the way of updates to it."""
+
+    fold: Fold
+    intake: Intake
+
+
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """The first half of a round: what was trained, its mean loss, and what it cost."""
+    """The first half of a round: what was trained, what it cost, and what became of it."""
 
     trained: Collected
-    loss: float | None
     privacy: PrivacyRecord | None
+    product_error: float | None
+    new_increments: int
 
 
 class _Stopwatch:

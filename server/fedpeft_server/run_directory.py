@@ -3,30 +3,46 @@
     run.json                what the run is, to recognise it when it goes on
     rounds/N/adapter/       the adapter after round N (stock PEFT; N = 0: the start)
     rounds/N/round.json     what happened in round N
-    adapter/                the adapter after the last finished round
+    rounds/N/strategy.safetensors   what the strategy must not forget, if anything
+    rounds/N/product.safetensors    what round N added to the base model, if anything; the
+                            adapter of the round is then one on the changed base
+    adapter/                the adapter after the last finished round, on the unchanged base
     released.json           what was spent before the last mean left, where the server adds noise
     summary.json            everything above in one file
 
 A round appears by one rename, so it is there whole or not at all.
 """
 
+import hashlib
 import json
 import resource
+import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter, save_adapter
+from fedpeft.adapters import (
+    AdapterSchema,
+    AdapterState,
+    Factors,
+    at_rank,
+    combined,
+    load_adapter,
+    save_adapter,
+)
 from fedpeft.config import FederationSettings
 from fedpeft.errors import StorageError
+from fedpeft.protocol import RankTerms
 from fedpeft.storage import explained, sync_directory, write_atomically
 from fedpeft_server.collection import ConfidentialityRecord
+from fedpeft_server.outcome import Outcome, load_memory, load_product, save_outcome
 from fedpeft_server.privacy_record import PrivacyRecord, summary_of
 
 SCHEMA = 1
-_BESIDE = {"data", "logs", "compared", "ledgers"}
+_BESIDE = {"data", "logs", "compared", "ledgers", "personal"}
 """What simulations put beside a run."""
 _RELEASED = "released.json"
 _FREE_TO_CHANGE = {"rounds", "release"}
@@ -58,6 +74,14 @@ class RoundRecord(BaseModel):
     """None in rounds of release 0.1."""
     privacy: PrivacyRecord | None = None
     """None in rounds without noise."""
+    sent: Factors | None = None
+    """The factors that clinics sent; None in round 0, and of releases before 0.3."""
+    product_error: float | None = None
+    """How far the product BA is from the mean of the clinics', in parts of it; None: not known."""
+    ranks: RankTerms | None = None
+    """At which rank each clinic trained; None: all at the adapter's."""
+    max_ranks: dict[str, int] = {}
+    """The largest rank that each clinic trains, as it reported after the round."""
 
 
 class RunDirectory:
@@ -78,7 +102,8 @@ class RunDirectory:
         known = self.path / "run.json"
         rounds = self._finished()
         if known.is_file() and rounds:
-            if _read_json(known) != identity:
+            found = _read_json(known)
+            if {**found, "settings": _completed(found), "id": ""} != {**identity, "id": ""}:
                 raise StorageError(
                     f"{self.path} holds a run with other settings, data files or base model; name "
                     "another directory with --out, or remove that one to start over"
@@ -89,8 +114,22 @@ class RunDirectory:
                 "with --out"
             )
         else:
-            write_atomically(known, _json_bytes(identity))
+            write_atomically(known, _json_bytes({**identity, "id": secrets.token_hex(16)}))
         return rounds[-1] if rounds else None
+
+    @property
+    def id(self) -> str:
+        """What tells this run from all others, also when the server starts it again: 32 hex digits.
+
+        Raises:
+            StorageError: the run was not opened, or its file is damaged.
+        """
+        known = self.path / "run.json"
+        found = _read_json(known).get("id")
+        # Of releases that wrote none the file itself is as good.
+        return (
+            found if isinstance(found, str) else hashlib.sha256(known.read_bytes()).hexdigest()[:32]
+        )
 
     def _present(self) -> set[str]:
         with explained("read", self.path):
@@ -119,13 +158,19 @@ class RunDirectory:
     def _round_path(self, number: int) -> Path:
         return self.path / "rounds" / str(number)
 
-    def adapter_of(self, number: int, schema: AdapterSchema) -> AdapterState:
-        """Return the adapter after round ``number``.
+    def outcome_of(self, number: int, schema: AdapterSchema) -> Outcome:
+        """Return what round ``number`` left, with all that was added to the base up to it.
 
         Raises:
-            AdapterError: its files are damaged.
+            AdapterError: files are damaged.
         """
-        return load_adapter(self._round_path(number) / "adapter", schema)
+        path = self._round_path(number)
+        found = [load_product(self._round_path(one), schema) for one in range(1, number + 1)]
+        return Outcome(
+            adapter=load_adapter(path / "adapter", schema),
+            memory=load_memory(path),
+            increments=tuple(product for product in found if product is not None),
+        )
 
     def records(self) -> list[RoundRecord]:
         """Return what happened in all finished rounds, from round 0 on.
@@ -145,8 +190,10 @@ class RunDirectory:
                 ) from None
         return records
 
-    def save_round(self, record: RoundRecord, state: AdapterState) -> None:
+    def save_round(self, record: RoundRecord, outcome: Outcome, *, new: int = 0) -> None:
         """Make a finished round durable, then the last adapter and the summary.
+
+        Of the outcome's increments the last ``new`` are this round's.
 
         Raises:
             StorageError: the disk is full or read-only; the rounds before stay as they are.
@@ -156,12 +203,13 @@ class RunDirectory:
         with explained("write", temporary):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self._save_adapter(state, temporary / "adapter")
+        self._save_adapter(outcome.adapter, temporary / "adapter")
+        save_outcome(outcome, temporary, new=new)
         write_atomically(temporary / "round.json", record.model_dump_json(indent=2).encode())
         with explained("write", final):
             temporary.rename(final)
             sync_directory(final.parent)
-        self.publish(state)
+        self.publish(outcome)
 
     def note_release(self, record: PrivacyRecord) -> None:
         """Write down what a mean with noise has cost, before anybody sees it.
@@ -191,8 +239,8 @@ class RunDirectory:
                 "a backup, or start over in another directory"
             ) from None
 
-    def publish(self, state: AdapterState) -> None:
-        """Make ``state`` the run's adapter and write the summary.
+    def publish(self, outcome: Outcome) -> None:
+        """Make the outcome the run's adapter, on the unchanged base, and write the summary.
 
         A crash can come between a round's rename and this, so it is done again
         when a run goes on.
@@ -200,11 +248,13 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full or read-only.
         """
+        state = combined(outcome.adapter, outcome.increments)
         self._save_adapter(state, self.path / "adapter")
         self.write_summary(state.schema.fingerprint)
 
     def _save_adapter(self, state: AdapterState, directory: Path) -> None:
-        save_adapter(state, self._settings.adapter, directory, base_name=self._settings.model.base)
+        settings = at_rank(self._settings.adapter, state.schema.rank)
+        save_adapter(state, settings, directory, base_name=self._settings.model.base)
 
     def write_summary(self, fingerprint: str) -> dict[str, Any]:
         """Write ``summary.json`` from the finished rounds and return it."""
@@ -267,6 +317,15 @@ def _latest(records: list[RoundRecord], name: str) -> float | None:
 
 def _json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _completed(found: Mapping[str, Any]) -> Any:
+    """Return the settings of a run with what releases after it have added, at its default."""
+    try:
+        settings = FederationSettings.model_validate(found.get("settings"))
+    except ValidationError:
+        return None
+    return settings.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

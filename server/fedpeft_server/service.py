@@ -42,7 +42,7 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
     federation = Federation(
         settings,
         schema,
-        build_strategy(settings.strategy.name, schema),
+        build_strategy(settings, schema),
         RunDirectory(results, settings, engine="flower"),
         Narration(say, settings.rounds.count),
         identity,

@@ -2,40 +2,22 @@
 the server itself adds, and what is written down.
 
 Three cases behind one interface: no noise, noise at the clinics (``Shield``), and
-noise of the server over whole clinics (``CentralShield``).
+noise of the server over whole clinics (``CentralShield``). Updates come to the strategy
+through an :class:`fedpeft_server.intake.Intake`.
 """
 
 import math
-from dataclasses import replace
 
-import torch
-from flwr.app import Message, RecordDict
-
-from fedpeft.adapters import AdapterSchema, AdapterState, WeightedMean
+from fedpeft.adapters import AdapterSchema
 from fedpeft.config import LARGEST_DELTA, FederationSettings, PrivacySettings
 from fedpeft.privacy.noise import GaussianNoise
-from fedpeft.protocol import (
-    ARRAYS,
-    METRICS,
-    NUM_EXAMPLES,
-    TRAIN_NLL,
-    TRAIN_TOKENS,
-    SumTerms,
-    array_record,
-    metric_from,
-    metric_record,
-    state_from,
-)
+from fedpeft.protocol import SumTerms
 from fedpeft.protocol.privacy import ClinicPrivacy
-from fedpeft.protocol.records import Metric
 from fedpeft.protocol.sums import GRID_BITS, grid_limit, on_grid
-from fedpeft.secagg import Quantiser
 from fedpeft_server.clinic_level import ClinicLevel, multiplier_for
-from fedpeft_server.collection import Collected
+from fedpeft_server.intake import CentralIntake, Intake, Rounding
 from fedpeft_server.privacy_record import PrivacyRecord
-
-_SHORT = 1 - 1e-5
-"""An update that a clinic cut to the clip is no shorter than this part of it, in float32."""
+from fedpeft_strategies.strategy import Fold
 
 
 class Shield:
@@ -71,11 +53,9 @@ class Shield:
             limit=grid_limit() if whole else limit,
         )
 
-    def release(self, collected: Collected) -> tuple[Collected, PrivacyRecord | None]:
-        """Return the trained updates as a strategy may see them, and the round's record."""
-        if self._privacy is None:
-            return collected, None
-        return collected, PrivacyRecord(clinics=collected.privacy)
+    def intake(self, fold: Fold, part: AdapterSchema) -> Intake:
+        """Return the way by which a round's updates, of schema ``part``, come to ``fold``."""
+        return Intake(fold, noted=self._privacy is not None)
 
     def follow(self, record: PrivacyRecord) -> None:
         """Take over what an earlier round left; of noise at the clinics nothing."""
@@ -89,10 +69,10 @@ class CentralShield(Shield):
     """Noise of this server over whole clinics, with a clip that follows the updates."""
 
     def __init__(
-        self, settings: FederationSettings, privacy: PrivacySettings, schema: AdapterSchema
+        self, settings: FederationSettings, privacy: PrivacySettings, coordinates: int
     ) -> None:
         super().__init__(settings)
-        self._schema = schema
+        self._coordinates = coordinates
         self._delta = privacy.delta or LARGEST_DELTA
         self._clip = privacy.clip
         self._rounds: dict[str, int] = {}
@@ -115,60 +95,15 @@ class CentralShield(Shield):
         """Return how coordinates are summed: none is larger than the clip."""
         return super().terms(self._clip)
 
-    def release(self, collected: Collected) -> tuple[Collected, PrivacyRecord | None]:
-        """Fold the updates into one private mean, which stands for all clinics."""
+    def intake(self, fold: Fold, part: AdapterSchema) -> Intake:
+        """Return the way on which the updates become one private mean."""
         summed = self._settings.aggregation.confidentiality == "secagg"
-        mean, weights, within = self._mean(collected, summed=summed)
-        released = self._level.release(
-            mean,
-            clip=self._clip,
-            weights=weights,
-            within_clip=within,
-            rounding=self._rounding() if summed else 0.0,
-        )
-        reply = self._reply(collected, released.mean)
-        record = PrivacyRecord(
-            clinics=self._spent(collected.participants),
-            clip=self._clip,
-            next_clip=released.next_clip,
-            noise_to_signal=released.noise * math.sqrt(self._schema.numel) / self._clip,
-        )
-        return replace(collected, replies=(reply,)), record
-
-    def _mean(self, collected: Collected, *, summed: bool) -> tuple[AdapterState, list[float], int]:
-        """Return the weighted mean of the clipped updates, the weights, and how many were short."""
-        mean, weights, within = WeightedMean(self._schema), [], 0
-        for reply in collected.replies:
-            update = state_from(reply.content, self._schema, "update", source="a clinic")
-            weight = metric_from(reply.content, NUM_EXAMPLES)
-            if not summed:
-                # A clinic has clipped it already; this is for one that has not.
-                norm = float(torch.linalg.vector_norm(update.values.double()))
-                within += norm < self._clip * _SHORT
-                factor = min(1.0, self._clip / norm) if norm else 1.0
-                update = AdapterState(self._schema, update.values * factor)
-            mean.add(update, weight)
-            weights.append(weight)
-        if summed:
-            return mean.result(), [1.0] * len(collected.participants), collected.within_clip
-        return mean.result(), weights, within
-
-    def _rounding(self) -> float:
-        """Return the part of the clip by which quantisation may lengthen an update."""
-        centre = Quantiser(self._settings.aggregation.bits, self._clip).centre
-        return math.sqrt(self._schema.numel) / centre
-
-    def _reply(self, collected: Collected, mean: AdapterState) -> Message:
-        contents = [reply.content for reply in collected.replies]
-        names: tuple[Metric, ...] = (NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS)
-        totals: dict[Metric, float] = {
-            name: sum(metric_from(content, name) for content in contents) for name in names
-        }
-        content = RecordDict({METRICS: metric_record(totals), ARRAYS: array_record(mean, "update")})
-        metadata = collected.replies[0].metadata
-        return Message(content, metadata.dst_node_id, metadata.message_type)
+        bits = self._settings.aggregation.bits
+        rounding = Rounding(bits, self._clip, part.numel) if summed else None
+        return CentralIntake(fold, part, self._level, self._clip, rounding, self._spent)
 
     def _spent(self, participants: tuple[str, ...]) -> dict[str, ClinicPrivacy]:
+        """Return what each clinic of a round will have lost."""
         return {
             name: self._level.spent(self._rounds.get(name, 0) + 1, self._delta, self._clip)
             for name in participants
@@ -183,7 +118,7 @@ class CentralShield(Shield):
         """Say when the noise is larger than what the clinics could possibly teach."""
         # Before the first clinic has enrolled, the smallest federation that will run is meant.
         clinics = max(clinics, self._settings.rounds.minimum_clinics)
-        ratio = self._level.noise_to_signal(clinics, self._schema.numel)
+        ratio = self._level.noise_to_signal(clinics, self._coordinates)
         if ratio < 1:
             return ""
         enough = math.ceil(clinics * ratio)
@@ -194,12 +129,12 @@ class CentralShield(Shield):
         )
 
 
-def shield_of(settings: FederationSettings, schema: AdapterSchema) -> Shield:
-    """Return the shield that the settings ask for.
+def shield_of(settings: FederationSettings, coordinates: int) -> Shield:
+    """Return the shield that the settings ask for; ``coordinates`` are those of an update.
 
     Raises:
         PrivacyError: no noise reaches the epsilon that they name.
     """
     if settings.privacy is not None and settings.privacy.mechanism == "central":
-        return CentralShield(settings, settings.privacy, schema)
+        return CentralShield(settings, settings.privacy, coordinates)
     return Shield(settings)

@@ -224,7 +224,7 @@ wait_s = 86400.0              # for the minimum of clinics to connect
 gather_s = 30.0               # for the other enrolled clinics
 
 [strategy]
-name = "fedavg"
+name = "alternating"          # how updates become the next adapter: fedpeft strategies
 
 [aggregation]
 confidentiality = "secagg"    # the server learns sums only; "sealed": it opens each update

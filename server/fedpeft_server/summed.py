@@ -1,41 +1,31 @@
 """``secagg``: the server learns the sum over the clinics, and of no clinic anything else.
 
 Drives ``fedpeft.secagg`` over sealed messages, five requests to a sum. The
-strategy is handed one reply that stands for all clinics: their mean update, their
-rows together, their summed losses. That is all a linear strategy needs.
+strategy is handed one update that stands for all clinics, their mean, with their rows
+together. That is all a linear strategy needs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
 
 from fedpeft.adapters import DTYPES, AdapterSchema, AdapterState
 from fedpeft.config import AggregationSettings
-from fedpeft.errors import AggregationRefused, FederationError, WrongSignature
-from fedpeft.protocol import (
-    ARRAYS,
-    METRICS,
-    NUM_EXAMPLES,
-    TRAIN,
-    TRAIN_NLL,
-    TRAIN_TOKENS,
-    VALID_NLL,
-    VALID_TOKENS,
-    Job,
-    Payload,
-    array_record,
-    metric_record,
-)
+from fedpeft.errors import AggregationRefused, WrongSignature
+from fedpeft.protocol import TRAIN, Job, Payload
 from fedpeft.protocol.privacy import ClinicPrivacy
 from fedpeft.protocol.sums import (
-    INTEGERS,
     counts_alike,
     from_fixed_point,
+    integers_of,
+    levels_of,
     model_digest,
     on_grid,
     value_of_unit,
+    weight_of_level,
     wrapped,
 )
 from fedpeft.secagg import STAGES, Aggregation, Quantiser, SecureSum, Session, Terms
@@ -45,15 +35,14 @@ from fedpeft_server.collection import (
     Collected,
     ConfidentialityRecord,
     Kind,
-    Order,
-    Printer,
-    orders_of,
+    Sink,
+    Sums,
+    max_rank_of,
     privacy_of,
 )
+from fedpeft_server.delivery import Delivery, Order
 from fedpeft_server.quantisation_range import next_limit
-
-Told = Callable[[int, str, list[str]], None]
-"""Told of a round, a message type and the clinics that are asked."""
+from fedpeft_server.watcher import Watcher
 
 
 class SummedCollector:
@@ -62,54 +51,83 @@ class SummedCollector:
     def __init__(
         self,
         channel: Channel,
+        delivery: Delivery,
         schema: AdapterSchema,
         settings: AggregationSettings,
         *,
         minimum: int,
         least: int,
-        told: Told,
+        timeout_s: float,
+        watcher: Watcher,
     ) -> None:
         """Collect sums of at least ``minimum`` clinics, and open none of fewer than ``least``."""
         self._channel = channel
+        self._delivery = delivery
         self._schema = schema
         self._settings = settings
         self._minimum = minimum
         self._least = least
-        self._told = told
+        self._timeout_s = timeout_s
+        self._watcher = watcher
 
     def collect(
-        self, kind: Kind, number: int, attempt: int, messages: Iterable[Message], timeout_s: float
+        self,
+        kind: Kind,
+        number: int,
+        attempt: int,
+        order: Order,
+        nodes: Collection[int],
+        sink: Sink,
     ) -> Collected:
         """Run the five stages; clinics that fall away are named, the others are summed."""
-        orders = orders_of(messages)
-        if len({(order.adapter, order.job) for order in orders}) != 1:
-            raise FederationError(
-                "the strategy sends the clinics different adapters or jobs, which cannot be summed "
-                'securely; set aggregation.confidentiality = "sealed", or use another strategy'
-            )
+        job = order.job
         aggregation = Aggregation(
-            self._session(kind, number, attempt, orders[0]), self._terms(kind, orders)
+            self._session(kind, number, attempt, order), self._terms(kind, job, nodes)
         )
         failed: dict[str, str] = {}
         privacy: dict[str, ClinicPrivacy] = {}
+        max_ranks: dict[str, int] = {}
+
+        def begun(name: str, payload: Payload) -> None:
+            if kind == TRAIN:
+                privacy.update(privacy_of(name, payload, job))
+            else:
+                max_ranks.update(max_rank_of(name, payload))
+            aggregation.receive(name, payload.blob)
+
         for stage in STAGES:
-            letters = self._letters(aggregation, orders)
-            self._told(number, f"{kind}.{stage}", sorted(aggregation.requests()))
-            wait = timeout_s if stage == STAGES[0] else self._settings.stage_timeout_s
-
-            def accept(name: str, payload: Payload, stage: str = stage) -> None:
-                if kind == TRAIN and stage == STAGES[0]:
-                    privacy.update(privacy_of(name, payload, orders[0].job))
-                aggregation.receive(name, payload.blob)
-
-            failed |= self._channel.ask(
-                f"{kind}.{stage}", number, attempt, letters, timeout_s=wait, accept=accept
-            )
+            purpose = f"{kind}.{stage}"
+            self._watcher.asked(number, purpose, sorted(aggregation.requests()))
+            if stage == STAGES[0]:
+                failed |= self._delivery.ask(
+                    purpose,
+                    number,
+                    attempt,
+                    order,
+                    nodes,
+                    timeout_s=self._timeout_s,
+                    accept=begun,
+                )
+            else:
+                failed |= self._channel.ask(
+                    purpose,
+                    number,
+                    attempt,
+                    self._letters(aggregation),
+                    timeout_s=self._settings.stage_timeout_s,
+                    accept=lambda name, payload: aggregation.receive(name, payload.blob),
+                )
             try:
                 aggregation.close()
             except (AggregationRefused, WrongSignature) as error:
                 return Collected(failed=failed, trouble=str(error))
-        return self._collected(kind, orders[0], aggregation.result, failed, privacy)
+        return self._collected(
+            kind,
+            job,
+            aggregation.result,
+            sink,
+            Collected(failed=failed, privacy=privacy, max_ranks=max_ranks),
+        )
 
     def _session(self, kind: Kind, number: int, attempt: int, order: Order) -> Session:
         return Session(
@@ -118,77 +136,55 @@ class SummedCollector:
             round=number,
             attempt=attempt,
             kind=kind,
-            model=model_digest(order.job, order.adapter),
+            model=model_digest(order.job, order.held.to_bytes()),
         )
 
-    def _terms(self, kind: Kind, orders: list[Order]) -> Terms:
+    def _terms(self, kind: Kind, job: Job, nodes: Collection[int]) -> Terms:
         names, keys = self._channel.names(), self._channel.signing_keys()
-        asked = [names[order.node] for order in orders]
-        terms = orders[0].job.aggregation
+        asked = [names[node] for node in nodes]
+        terms = job.aggregation
         return Terms(
             identities={name: keys[name] for name in asked},
             adversary=self._settings.adversary,
             threshold=max(self._settings.threshold or 0, self._least) or None,
             minimum=self._minimum,
-            coordinates=self._schema.numel if kind == TRAIN else 0,
-            integers=INTEGERS,
+            coordinates=self._schema.part(job.sends).numel if kind == TRAIN else 0,
+            integers=integers_of(job),
             quantiser=Quantiser(terms.bits, terms.limit),
         )
 
-    def _letters(self, aggregation: Aggregation, orders: list[Order]) -> dict[int, Letter]:
-        """Return what each clinic is sent in this stage; the first brings job and adapter."""
-        requests, names = aggregation.requests(), self._channel.names()
-        if aggregation.stage == STAGES[0]:
-            printer = Printer()
-            return {order.node: printer.letter(order) for order in orders}
-        nodes = {name: node for node, name in names.items()}
+    def _letters(self, aggregation: Aggregation) -> dict[int, Letter]:
+        """Return what each clinic is sent after the first stage, by node."""
+        nodes = {name: node for node, name in self._channel.names().items()}
+        requests = aggregation.requests()
         return {nodes[name]: Letter(Payload(blob=data)) for name, data in requests.items()}
 
     def _collected(
-        self,
-        kind: Kind,
-        order: Order,
-        total: SecureSum,
-        failed: dict[str, str],
-        privacy: dict[str, ClinicPrivacy],
+        self, kind: Kind, job: Job, total: SecureSum, sink: Sink, begun: Collected
     ) -> Collected:
-        rows, tokens = total.integers["num-examples"], total.integers["tokens"]
-        nll = from_fixed_point(total.integers["nll"])
+        """Hand over the mean, and return ``begun`` with what the sum says."""
+        sums = Sums(
+            rows=total.integers["num-examples"],
+            nll=from_fixed_point(total.integers["nll"]),
+            tokens=total.integers["tokens"],
+        )
         if kind == TRAIN:
-            if rows < len(total.survivors):
-                return Collected(
-                    failed=failed, trouble="the clinics together report fewer rows than clinics"
-                )
-            metrics = metric_record({NUM_EXAMPLES: rows, TRAIN_NLL: nll, TRAIN_TOKENS: tokens})
-            content = RecordDict({METRICS: metrics, ARRAYS: self._mean(order.job, total)})
-        else:
-            metrics = metric_record({NUM_EXAMPLES: rows, VALID_NLL: nll, VALID_TOKENS: tokens})
-            content = RecordDict({METRICS: metrics})
-        return Collected(
+            if sums.rows < len(total.survivors):
+                why = "the clinics together report fewer rows than clinics"
+                return Collected(failed=begun.failed, trouble=why)
+            sink(mean_of(total, job, self._schema.part(job.sends)), sums.rows)
+        return replace(
+            begun,
             participants=total.survivors,
             # Who fell away after its masked vector had come is in the sum all the same.
-            failed={name: why for name, why in failed.items() if name not in total.survivors},
-            replies=(Message(content, order.node, kind),),
-            confidentiality=self._record(kind, order, total, rows),
-            # All of them: a clinic that fell away spent its privacy nevertheless.
-            privacy=privacy,
+            failed={name: why for name, why in begun.failed.items() if name not in total.survivors},
+            sums=sums,
+            confidentiality=self._record(kind, job, total, sums.rows),
             within_clip=total.integers["within-clip"],
         )
 
-    def _mean(self, job: Job, total: SecureSum) -> ArrayRecord:
-        alike = counts_alike(job.privacy)
-        weight = len(total.survivors) if alike else total.integers["num-examples"]
-        coordinates = total.coordinates
-        if on_grid(job.privacy):
-            coordinates = wrapped(coordinates.astype(np.int64)).astype(np.float64)
-        mean = coordinates * (value_of_unit(job, self._schema.numel) / weight)
-        values = torch.from_numpy(mean).to(DTYPES[self._schema.dtype])
-        return array_record(AdapterState(self._schema, values), "update")
-
-    def _record(
-        self, kind: Kind, order: Order, total: SecureSum, rows: int
-    ) -> ConfidentialityRecord:
-        terms, size = order.job.aggregation, self._schema.numel
+    def _record(self, kind: Kind, job: Job, total: SecureSum, rows: int) -> ConfidentialityRecord:
+        terms, size = job.aggregation, total.coordinates.size
         words = packed_bytes(size, total.width)
         return ConfidentialityRecord(
             mode="secagg",
@@ -198,5 +194,39 @@ class SummedCollector:
             wire_bytes_per_coordinate=round(words / size, 4) if kind == TRAIN else None,
             limit=terms.limit,
             clipped=total.integers["clipped"],
-            next_limit=next_limit(kind, order.job, total, rows),
+            next_limit=next_limit(kind, job, total, rows),
         )
+
+
+def mean_of(total: SecureSum, job: Job, schema: AdapterSchema) -> AdapterState:
+    """Return the mean update that a sum stands for; ``schema`` is that of what is sent.
+
+    Where ranks differ, a column (of B; a row of A) is divided by the weight of those who
+    trained it, and one that nobody trained stays as it is.
+    """
+    coordinates = total.coordinates
+    if on_grid(job.privacy):
+        coordinates = wrapped(coordinates.astype(np.int64)).astype(np.float64)
+    if job.ranks is not None:
+        weights = _column_weights(total, job, schema)
+        mean = np.divide(coordinates, weights, out=np.zeros_like(coordinates), where=weights > 0)
+    else:
+        alike = counts_alike(job)
+        mean = coordinates / (len(total.survivors) if alike else total.integers["num-examples"])
+    mean *= value_of_unit(job, schema.numel)
+    return AdapterState(schema, torch.from_numpy(mean).to(DTYPES[schema.dtype]))
+
+
+def _column_weights(total: SecureSum, job: Job, schema: AdapterSchema) -> NDArray[np.float64]:
+    """Return for each coordinate the weights of the clinics that trained it."""
+    columns = np.zeros(schema.rank)
+    # The higher a level, the fewer clinics: each one below is for the columns up to it.
+    for level in reversed(levels_of(job)):
+        columns[:level] = total.integers[weight_of_level(level)]
+    shapes = [spec.shape for spec in schema.tensors]
+    return np.concatenate(
+        [
+            np.broadcast_to(columns[:, None] if spec.factor == "A" else columns, shape).ravel()
+            for spec, shape in zip(schema.tensors, shapes, strict=True)
+        ]
+    )

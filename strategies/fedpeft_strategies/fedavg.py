@@ -2,92 +2,63 @@
 
 The next adapter is the last one plus the mean of the clinics' changes, weighted
 by their training rows. A and B are averaged separately, which is not the mean of
-the products BA: the error is Σ p_i (B_i − B̄)(A_i − Ā).
+the products BA: the error is Σ p_i (B_i − B̄)(A_i − Ā), and a round tells its size.
 """
 
-from collections.abc import Iterable
-
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
-
-from fedpeft.adapters import AdapterSchema, AdapterState, WeightedMean
-from fedpeft.errors import FederationError
-from fedpeft.protocol import (
-    ARRAYS,
-    CONFIG,
-    EVALUATE,
-    NUM_EXAMPLES,
-    TRAIN,
-    TRAIN_NLL,
-    TRAIN_TOKENS,
-    VALID_NLL,
-    VALID_TOKENS,
-    array_record,
-    metric_from,
-    metric_record,
-    state_from,
-)
+from fedpeft.adapters import AdapterState, WeightedMean
+from fedpeft_strategies.declaration import Declaration
+from fedpeft_strategies.product_error import ProductError
+from fedpeft_strategies.strategy import Aggregated, Fold, Strategy
 
 
 class FedAvg(Strategy):
-    """Weighted mean of the updates of all connected clinics, O(1) updates in memory."""
+    """Weighted mean of the changes of both factors; O(1) adapters in memory."""
 
-    name = "fedavg"
+    declaration = Declaration(
+        name="fedavg",
+        what="mean of A and mean of B, each by itself",
+        source="McMahan et al. 2017, arXiv:1602.05629; FedIT, arXiv:2305.05644",
+        exact="no",
+        linear=True,
+        up="P",
+        down="P",
+        mechanisms=frozenset({"local", "distributed", "central"}),
+    )
 
-    def __init__(self, schema: AdapterSchema) -> None:
-        self._schema = schema
-        self._global: AdapterState | None = None
+    def fold(self, number: int, adapter: AdapterState) -> Fold:
+        """Begin the mean of the changes."""
+        return FedAvgFold(adapter)
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask every connected clinic to train from the adapter in ``arrays``."""
-        content = RecordDict({ARRAYS: arrays, CONFIG: config})
-        self._global = state_from(content, self._schema, "adapter", source="the last round")
-        return self._to_everyone(content, TRAIN, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies in as they come; ``replies`` hold updates that were checked.
+class FedAvgFold(Fold):
+    """One round's mean, and unless ``measured=False`` the error of its product.
 
-        Returns:
-            The next adapter, and the summed training loss (nats) and target tokens.
+    The error is not known of a single change: it may be the sum of many clinics' changes.
+    """
 
-        Raises:
-            FederationError: called before :meth:`configure_train`.
-        """
-        if self._global is None:
-            raise FederationError("a round must be configured before it is aggregated")
-        mean, nll, tokens = WeightedMean(self._schema), 0.0, 0.0
-        for reply in replies:
-            update = state_from(reply.content, self._schema, "update", source="a clinic")
-            mean.add(update, metric_from(reply.content, NUM_EXAMPLES))
-            nll += metric_from(reply.content, TRAIN_NLL)
-            tokens += metric_from(reply.content, TRAIN_TOKENS)
-        if not mean.weight:
-            return None, None
-        arrays = array_record(self._global.plus(mean.result()), "adapter")
-        return arrays, metric_record({"train-nll": nll, "train-tokens": tokens})
+    def __init__(self, adapter: AdapterState, *, measured: bool = True) -> None:
+        self._adapter = adapter
+        self._mean = WeightedMean(adapter.schema)
+        self._measured = measured
+        self._first: tuple[AdapterState, float] | None = None
+        self._error: ProductError | None = None
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send every connected clinic the adapter, to keep and to evaluate."""
-        return self._to_everyone(RecordDict({ARRAYS: arrays, CONFIG: config}), EVALUATE, grid)
+    def add(self, change: AdapterState, weight: float) -> None:
+        """Fold in one change of both factors."""
+        self._mean.add(change, weight)
+        if self._error is not None:
+            self._error.add(change, weight)
+        elif self._first is not None:
+            self._error = ProductError(self._adapter)
+            self._error.add(*self._first)
+            self._error.add(change, weight)
+            self._first = None
+        elif self._measured:
+            self._first = change, weight
 
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Sum validation loss (nats) and target tokens over the clinics."""
-        contents = [reply.content for reply in replies]
-        nll = sum(metric_from(content, VALID_NLL) for content in contents)
-        tokens = sum(metric_from(content, VALID_TOKENS) for content in contents)
-        return metric_record({"valid-nll": nll, "valid-tokens": tokens}) if tokens else None
-
-    def summary(self) -> None:
-        """Flower's hook for log lines; the run's own summary says it all."""
-
-    def _to_everyone(self, content: RecordDict, kind: str, grid: Grid) -> list[Message]:
-        return [Message(content, node, kind) for node in sorted(grid.get_node_ids())]
+    def result(self) -> Aggregated:
+        """Return the adapter plus the mean change."""
+        adapter = self._adapter.plus(self._mean.result())
+        return Aggregated(
+            adapter=adapter, product_error=self._error.of(adapter) if self._error else None
+        )

@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedpeft.adapters import AdapterSchema, AdapterState, load_adapter, to_bytes
+from fedpeft.adapters import AdapterSchema, AdapterState, from_bytes, load_adapter
 from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.data import encode, read_records
 from fedpeft.evaluation import score
@@ -21,12 +21,11 @@ from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.protocol import (
-    ARRAYS,
-    CONFIG,
+    ADAPTER,
     CONTENT_KEY,
     EVALUATE,
     JOB,
-    METRICS,
+    MAX_RANK,
     NUM_EXAMPLES,
     TRAIN,
     TRAIN_NLL,
@@ -36,18 +35,12 @@ from fedpeft.protocol import (
     Job,
     Payload,
     SumTerms,
-    array_record,
-    blob_of,
     carried,
     carry,
-    config_record,
-    metric_from,
-    metric_record,
     raw,
-    state_from,
 )
+from fedpeft.protocol.parcel import Held, change, whole
 from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
-from fedpeft.protocol.records import Metric
 from fedpeft.sealing import SERVER, Identity, clinic_role, open_sealed, seal, seal_broadcast
 from fedpeft.sealing import Context as Sealing
 from fedpeft.training import Observer, Place, train
@@ -99,6 +92,7 @@ def clinic(tiny_model: Path, tmp_path: Path) -> Clinic:
 
 def job_for(clinic: Clinic, **changes: Any) -> Job:
     job = Job(
+        run="0" * 32,
         federation="sea",
         fingerprint=fingerprint(clinic.model),
         quantization="none",
@@ -132,6 +126,30 @@ def context_of(clinic: Clinic, number: int, kind: str) -> Sealing:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A clinic's answer: what travels of it, and what the server reads in it."""
+
+    message: Message
+    payload: Payload | None
+
+    @property
+    def reason(self) -> str:
+        """Why the clinic refused."""
+        assert self.payload is None
+        return str(self.message.error.reason)
+
+    @property
+    def opened(self) -> Payload:
+        assert self.payload is not None
+        return self.payload
+
+    def number(self, name: str) -> float:
+        value = self.opened.fields[name]
+        assert isinstance(value, int | float)
+        return value
+
+
 def ask(
     clinic: Clinic,
     kind: str = TRAIN,
@@ -139,11 +157,17 @@ def ask(
     state: AdapterState | None = None,
     job: Job | None = None,
     desk: ClinicDesk | None = None,
-) -> Message:
-    asked = job or job_for(clinic)
-    adapter, key = seal_broadcast(to_bytes(state or start_of(clinic), "adapter"))
-    payload = Payload({JOB: asked.to_json(), CONTENT_KEY: key.to_bytes().hex()})
+) -> Reply:
+    asked, held = job or job_for(clinic), Held(state or start_of(clinic))
+    payload, adapter = bringing(whole(held), held, asked)
     return answer(clinic, payload, kind, desk, adapter=adapter, number=asked.round)
+
+
+def bringing(parcel: bytes, held: Held, job: Job) -> tuple[Payload, bytes]:
+    """Return what a message that begins work says, and the broadcast that goes with it."""
+    adapter, key = seal_broadcast(parcel)
+    fields = {JOB: job.to_json(), ADAPTER: held.digest, CONTENT_KEY: key.to_bytes().hex()}
+    return Payload({**fields}), adapter
 
 
 def answer(
@@ -154,13 +178,13 @@ def answer(
     *,
     adapter: bytes | None = None,
     number: int = 1,
-) -> Message:
+) -> Reply:
     """Seal a payload as the server does, and return the clinic's answer opened."""
     about = context_of(clinic, number, kind)
     sealed = seal(payload.to_bytes(), about, sender=SERVER_IDENTITY, receiver=NORTH.public)
     content = carry(sealed, None if adapter is None else raw(adapter))
     reply = deliver(clinic, content, kind, desk)
-    return reply if reply.has_error() else opened(reply, about)
+    return Reply(reply, None if reply.has_error() else opened(reply, about))
 
 
 def deliver(
@@ -171,22 +195,13 @@ def deliver(
     return app(Message(content, 1000, kind), context)
 
 
-def opened(reply: Message, about: Sealing) -> Message:
-    sealed, _ = carried(reply.content, source="north")
+def opened(reply: Message, about: Sealing) -> Payload:
+    sealed, broadcast = carried(reply.content, source="north")
+    assert broadcast is None
     data = open_sealed(
         sealed, about.answer(), sender=NORTH.public, receiver=SERVER_IDENTITY, max_bytes=1 << 20
     )
-    payload = Payload.from_bytes(data, source="north")
-    told = payload.fields.pop(PRIVACY, None)
-    metrics = cast("dict[Metric, int | float]", payload.fields)
-    content = RecordDict({METRICS: metric_record(metrics)})
-    if told is not None:
-        content[CONFIG] = ConfigRecord({PRIVACY: told})
-    if payload.blob:
-        content[ARRAYS] = ArrayRecord(
-            {"adapter": Array("bytes", (len(payload.blob),), "fedpeft.adapter.v1", payload.blob)}
-        )
-    return Message(content, 1000, "train")
+    return Payload.from_bytes(data, source="north")
 
 
 def changed(clinic: Clinic, **changes: Any) -> Clinic:
@@ -240,7 +255,6 @@ BOTH = {
     "other federation": (asking(federation="lake"), "bad-config"),
     "other schema": (other_schema, "wrong-adapter-schema"),
     "adapter of another base": (other_base, "wrong-adapter-schema"),
-    "rank above the limit": (asking(adapter=AdapterSettings(rank=5)), "refused-by-clinic"),
     "adapter with NaN": (not_finite, "not-finite"),
     "unknown target": (
         asking(adapter=AdapterSettings(rank=2, target_modules=("x",))),
@@ -251,6 +265,7 @@ BOTH = {
     "data damaged": (with_bad_data, "bad-data"),
 }
 TRAIN_ONLY = {
+    "rank above the limit": (asking(adapter=AdapterSettings(rank=5)), "refused-by-clinic"),
     "steps above the limit": (training(local_steps=6), "refused-by-clinic"),
     "epochs above the limit": (training(local_steps=None, local_epochs=2), "refused-by-clinic"),
     "rate too small": (training(learning_rate=1e-60), "adapter-unchanged"),
@@ -273,9 +288,9 @@ def test_a_refusal_tells_the_server_its_reason_and_nothing_else(
     prepare, reason = fault
     caplog.set_level(logging.DEBUG)
     reply = ask(clinic, kind, **prepare(clinic))
-    assert reply.has_error()
-    assert not reply.has_content()
-    assert reply.error.reason == reason
+    assert reply.message.has_error()
+    assert not reply.message.has_content()
+    assert reply.reason == reason
     told = [record for record in caplog.records if record.name == "fedpeft_client.app"]
     assert len(told) == 1
     assert "north: " in told[0].getMessage()
@@ -286,17 +301,44 @@ def test_a_refusal_tells_the_server_its_reason_and_nothing_else(
     ("fields", "reason"), [({}, "bad-seal"), ({JOB: 3}, "bad-seal"), ({JOB: "{}"}, "bad-config")]
 )
 def test_a_message_that_is_no_job_is_refused(fields: dict[str, Any], reason: str, clinic: Clinic):
-    assert answer(clinic, Payload(fields)).error.reason == reason
+    assert answer(clinic, Payload(fields)).reason == reason
 
 
 def test_a_job_without_an_adapter_is_refused(clinic: Clinic):
-    payload = Payload({JOB: job_for(clinic).to_json()})
-    assert answer(clinic, payload).error.reason == "bad-seal"
+    job, held = job_for(clinic).to_json(), Held(start_of(clinic))
+    assert answer(clinic, Payload({JOB: job})).reason == "bad-seal"
+    assert answer(clinic, Payload({JOB: job, ADAPTER: 3})).reason == "bad-seal"
+    assert answer(clinic, Payload({JOB: job, ADAPTER: held.digest})).reason == "adapter-not-held"
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_a_clinic_that_was_started_anew_says_that_it_holds_nothing(kind: str, clinic: Clinic):
+    held, job = Held(start_of(clinic)), job_for(clinic)
+    next_one = Held(held.adapter.with_part(held.adapter.plus(held.adapter).part("A")))
+    parcel = change(held, next_one, None)
+    assert parcel is not None
+    payload, adapter = bringing(parcel, next_one, job)
+    desk = desk_of(clinic)
+    assert answer(clinic, payload, kind, desk, adapter=adapter).reason == "adapter-not-held"
+    ask(clinic, kind, desk=desk)
+    found = answer(clinic, payload, kind, desk, adapter=adapter)
+    expected = ask(clinic, kind, state=next_one.adapter)
+    assert found.opened == expected.opened
+
+
+def test_what_is_held_need_not_be_sent_again(clinic: Clinic):
+    desk, job = desk_of(clinic), job_for(clinic, round=2)
+    first = ask(clinic, EVALUATE, desk=desk)
+    held = Payload({JOB: job.to_json(), ADAPTER: Held(start_of(clinic)).digest})
+    again = answer(clinic, held, TRAIN, desk, number=2)
+    assert first.number(VALID_TOKENS) > 0
+    assert again.opened == ask(clinic, job=job).opened
 
 
 def test_what_is_not_sealed_is_refused(clinic: Clinic):
-    arrays = array_record(start_of(clinic), "adapter")
-    content = RecordDict({ARRAYS: arrays, CONFIG: config_record(job_for(clinic))})
+    parcel = raw(whole(Held(start_of(clinic))))
+    config = ConfigRecord({JOB: job_for(clinic).to_json()})
+    content = RecordDict({"arrays": ArrayRecord({"adapter": parcel}), "config": config})
     assert deliver(clinic, content).error.reason == "bad-seal"
 
 
@@ -316,8 +358,8 @@ def test_what_is_not_sealed_is_refused(clinic: Clinic):
 def test_a_message_from_another_place_does_not_open(
     change: dict[str, Any], reason: str, clinic: Clinic
 ):
-    adapter, key = seal_broadcast(to_bytes(start_of(clinic), "adapter"))
-    payload = Payload({JOB: job_for(clinic).to_json(), CONTENT_KEY: key.to_bytes().hex()})
+    held = Held(start_of(clinic))
+    payload, adapter = bringing(whole(held), held, job_for(clinic))
     about = dataclasses.replace(context_of(clinic, 1, TRAIN), **change)
     sealed = seal(payload.to_bytes(), about, sender=SERVER_IDENTITY, receiver=NORTH.public)
     assert deliver(clinic, carry(sealed, raw(adapter))).error.reason == reason
@@ -330,56 +372,62 @@ def test_a_message_signed_by_another_server_does_not_open(clinic: Clinic):
 
 
 def test_another_adapter_than_the_signed_one_is_refused(clinic: Clinic):
-    _, key = seal_broadcast(to_bytes(start_of(clinic), "adapter"))
-    other, _ = seal_broadcast(to_bytes(start_of(clinic), "adapter"))
-    payload = Payload({JOB: job_for(clinic).to_json(), CONTENT_KEY: key.to_bytes().hex()})
-    assert answer(clinic, payload, adapter=other).error.reason == "bad-seal"
+    held = Held(start_of(clinic))
+    payload, _ = bringing(whole(held), held, job_for(clinic))
+    other, _ = seal_broadcast(whole(held))
+    assert answer(clinic, payload, adapter=other).reason == "bad-seal"
+    twice = Held(held.adapter.plus(held.adapter))
+    payload, adapter = bringing(whole(twice), held, job_for(clinic))
+    assert answer(clinic, payload, adapter=adapter).reason == "adapter-not-held"
 
 
 def test_a_message_of_a_round_gone_by_is_refused(clinic: Clinic):
     desk = desk_of(clinic)
-    assert not ask(clinic, desk=desk, job=job_for(clinic, round=2)).has_error()
-    assert ask(clinic, desk=desk).error.reason == "wrong-context"
+    assert ask(clinic, desk=desk, job=job_for(clinic, round=2)).payload is not None
+    assert ask(clinic, desk=desk).reason == "wrong-context"
 
 
 def test_a_clinic_that_demands_secure_aggregation_refuses_a_sealed_job(clinic: Clinic):
     strict = changed(clinic, aggregation=ConfidentialitySettings())
-    assert ask(strict).error.reason == "secagg-required"
-    assert ask(strict, EVALUATE).error.reason == "secagg-required"
+    assert ask(strict).reason == "secagg-required"
+    assert ask(strict, EVALUATE).reason == "secagg-required"
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
 def test_a_secagg_job_is_not_answered_in_the_open(kind: str, clinic: Clinic):
     terms = SEALED.model_copy(update={"confidentiality": "secagg"})
-    assert ask(clinic, kind, job=job_for(clinic, aggregation=terms)).error.reason == "bad-config"
+    assert ask(clinic, kind, job=job_for(clinic, aggregation=terms)).reason == "bad-config"
 
 
 def test_a_later_step_of_a_sum_that_never_began_is_refused(clinic: Clinic):
-    assert answer(clinic, Payload(), "train.masked").error.reason == "out-of-order"
+    assert answer(clinic, Payload(), "train.masked").reason == "out-of-order"
 
 
 def test_a_clinic_goes_on_after_it_refused(clinic: Clinic):
     desk = desk_of(clinic)
     for prepare, reason in (*BOTH.values(), *TRAIN_ONLY.values()):
         if reason != "bad-data":
-            assert ask(clinic, desk=desk, **prepare(clinic)).has_error()
+            assert ask(clinic, desk=desk, **prepare(clinic)).message.has_error()
     expected, got = ask(clinic), ask(clinic, desk=desk)
     assert update_of(clinic, got).tolist() == update_of(clinic, expected).tolist()
 
 
-def assert_no_canary(caplog: pytest.LogCaptureFixture, reply: Message) -> None:
+def assert_no_canary(caplog: pytest.LogCaptureFixture, reply: Reply) -> None:
+    message = reply.message
     shown = caplog.text + repr([record.__dict__ for record in caplog.records]) + repr(reply)
     sent = b"".join(
-        part.deflate() for part in (reply.content.values() if reply.has_content() else [])
+        part.deflate() for part in (message.content.values() if message.has_content() else [])
     )
+    if reply.payload is not None:
+        sent += reply.payload.to_bytes()
     for secret in (TEXT, PATIENT, *TEXT.split()):
         assert secret not in shown
         assert secret.encode() not in sent
 
 
-def update_of(clinic: Clinic, reply: Message) -> torch.Tensor:
+def update_of(clinic: Clinic, reply: Reply) -> torch.Tensor:
     schema = adapter_schema(clinic.model, LORA)
-    return state_from(reply.content, schema, "update", source="north").values
+    return from_bytes(reply.opened.blob, schema, "update", source="north").values
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
@@ -388,7 +436,7 @@ def test_no_record_text_or_patient_leaves_or_is_logged(
 ):
     caplog.set_level(logging.DEBUG)
     reply = ask(clinic, kind)
-    assert reply.has_content()
+    assert reply.message.has_content()
     assert_no_canary(caplog, reply)
 
 
@@ -400,12 +448,10 @@ def test_the_answer_to_train_is_the_change_that_local_training_makes(clinic: Cli
     rows = encode(read_records(clinic.data.train), model.base.tokenizer, max_length=64).examples
     result = train(model, rows, TRAINING, Place("north", 1, 3))
     assert torch.equal(update_of(clinic, reply), model.read().minus(start).values)
-    content = reply.content
-    assert set(content) == {ARRAYS, METRICS}
-    assert set(content.metric_records[METRICS]) == {NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS}
-    assert metric_from(content, NUM_EXAMPLES) == 9
-    assert metric_from(content, TRAIN_TOKENS) == result.target_tokens
-    assert metric_from(content, TRAIN_NLL) == pytest.approx(result.loss * result.target_tokens)
+    assert set(reply.opened.fields) == {NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS}
+    assert reply.number(NUM_EXAMPLES) == 9
+    assert reply.number(TRAIN_TOKENS) == result.target_tokens
+    assert reply.number(TRAIN_NLL) == pytest.approx(result.loss * result.target_tokens)
 
 
 def test_a_restarted_clinic_answers_to_the_byte_as_one_that_ran_on(clinic: Clinic):
@@ -417,21 +463,22 @@ def test_a_restarted_clinic_answers_to_the_byte_as_one_that_ran_on(clinic: Clini
     assert update_of(clinic, ran_on).tolist() == update_of(clinic, restarted).tolist()
 
 
-def test_the_answer_to_evaluate_is_two_sums(clinic: Clinic, make_model):
+def test_the_answer_to_evaluate_is_two_sums_and_what_the_box_can_train(clinic: Clinic, make_model):
     reply = ask(clinic, EVALUATE)
     model = make_model(LORA)
     assert clinic.data.valid is not None
     rows = encode(read_records(clinic.data.valid), model.base.tokenizer, max_length=64).examples
     expected = score(model, rows)
-    assert set(reply.content) == {METRICS}
-    assert set(reply.content.metric_records[METRICS]) == {VALID_NLL, VALID_TOKENS}
-    assert metric_from(reply.content, VALID_NLL) == pytest.approx(expected.nll)
-    assert metric_from(reply.content, VALID_TOKENS) == expected.tokens
+    assert set(reply.opened.fields) == {VALID_NLL, VALID_TOKENS, MAX_RANK}
+    assert reply.opened.blob == b""
+    assert reply.number(VALID_NLL) == pytest.approx(expected.nll)
+    assert reply.number(VALID_TOKENS) == expected.tokens
+    assert reply.number(MAX_RANK) == clinic.limits.max_rank == 4
 
 
 def test_without_validation_rows_the_sums_are_nothing(clinic: Clinic):
     reply = ask(changed(clinic, data=DataSettings(train=clinic.data.train)), EVALUATE)
-    assert metric_from(reply.content, VALID_TOKENS) == metric_from(reply.content, VALID_NLL) == 0
+    assert reply.number(VALID_TOKENS) == reply.number(VALID_NLL) == 0
 
 
 def test_an_evaluated_adapter_is_kept_and_the_start_is_not(clinic: Clinic):
@@ -449,7 +496,7 @@ def test_records_are_read_again_once_they_changed(clinic: Clinic):
     for rows in (9, 9, 12):
         if rows != 9:
             write(clinic.data.train, rows)
-        counts.append(metric_from(ask(clinic, desk=desk).content, NUM_EXAMPLES))
+        counts.append(ask(clinic, desk=desk).number(NUM_EXAMPLES))
     assert counts == [9, 9, 12]
 
 
@@ -478,8 +525,8 @@ def spent(clinic: Clinic) -> dict[Charge, int]:
         return {k: v for each in ledger.datasets() for k, v in ledger.charges(each.id).items()}
 
 
-def loss_told(reply: Message) -> ClinicPrivacy:
-    return clinic_privacy(str(reply.content.config_records[CONFIG][PRIVACY]), source="north")
+def loss_told(reply: Reply) -> ClinicPrivacy:
+    return clinic_privacy(str(reply.opened.fields[PRIVACY]), source="north")
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
@@ -489,8 +536,8 @@ def test_a_bounded_clinic_refuses_a_job_without_noise_and_says_budget_only(
     seen: list[object] = []
     strict = bounded(clinic, max_epsilon=100.0)
     reply = ask(strict, kind, desk=desk_of(strict, seen.append))
-    assert not reply.has_content()
-    assert (reply.error.reason, seen) == ("budget", [])
+    assert not reply.message.has_content()
+    assert (reply.reason, seen) == ("budget", [])
     assert_no_canary(caplog, reply)
     assert not strict.ledger.exists() or spent(strict) == {}
 
@@ -503,39 +550,37 @@ def test_the_round_beyond_the_bound_is_refused_and_costs_nothing(clinic: Clinic)
         told = loss_told(ask(strict, desk=desk, job=noisy_job(clinic, number)))
         assert told.epsilon is not None and told.epsilon <= limit
     reply = ask(strict, desk=desk, job=noisy_job(clinic, 3))
-    assert (reply.has_content(), reply.error.reason) == (False, "budget")
-    assert f"{limit}" not in repr(reply.error)
+    assert (reply.message.has_content(), reply.reason) == (False, "budget")
+    assert f"{limit}" not in repr(reply.message.error)
     assert spent(strict) == {STEP: 4}
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
 def test_exact_losses_are_refused_by_a_clinic_that_does_not_allow_them(kind: str, clinic: Clinic):
     reply = ask(clinic, kind, job=noisy_job(clinic, exact_losses=True))
-    assert reply.error.reason == "refused-by-clinic"
+    assert reply.reason == "refused-by-clinic"
 
 
 def test_a_noisy_answer_has_no_loss_and_no_token_in_it(clinic: Clinic):
-    content = ask(clinic, job=noisy_job(clinic)).content
-    assert set(content.metric_records[METRICS]) == {NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS}
-    assert metric_from(content, NUM_EXAMPLES) == 9
-    assert metric_from(content, TRAIN_NLL) == metric_from(content, TRAIN_TOKENS) == 0
+    reply = ask(clinic, job=noisy_job(clinic))
+    assert set(reply.opened.fields) == {NUM_EXAMPLES, TRAIN_NLL, TRAIN_TOKENS, PRIVACY}
+    assert reply.number(NUM_EXAMPLES) == 9
+    assert reply.number(TRAIN_NLL) == reply.number(TRAIN_TOKENS) == 0
 
 
 def test_beside_noise_validation_rows_are_not_even_read(clinic: Clinic):
     assert clinic.data.valid is not None
     clinic.data.valid.unlink()
-    content = ask(clinic, EVALUATE, job=noisy_job(clinic)).content
-    assert metric_from(content, VALID_NLL) == metric_from(content, VALID_TOKENS) == 0
+    reply = ask(clinic, EVALUATE, job=noisy_job(clinic))
+    assert reply.number(VALID_NLL) == reply.number(VALID_TOKENS) == 0
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
 def test_exact_losses_are_told_where_both_sides_want_them(kind: str, clinic: Clinic):
     both = bounded(clinic, exact_losses=True)
-    content = ask(both, kind, job=noisy_job(clinic, exact_losses=True)).content
-    names: tuple[Metric, Metric] = (
-        (TRAIN_NLL, TRAIN_TOKENS) if kind == TRAIN else (VALID_NLL, VALID_TOKENS)
-    )
-    assert min(metric_from(content, name) for name in names) > 0
+    reply = ask(both, kind, job=noisy_job(clinic, exact_losses=True))
+    names = (TRAIN_NLL, TRAIN_TOKENS) if kind == TRAIN else (VALID_NLL, VALID_TOKENS)
+    assert min(reply.number(name) for name in names) > 0
 
 
 def test_epsilon_goes_on_over_a_restart_a_renamed_file_and_another_rank(clinic: Clinic):
@@ -552,8 +597,8 @@ def test_what_a_noisy_job_may_not_do_is_refused_with_its_reason(clinic: Clinic):
         {"epsilon": 0.1},
         {"mechanism": "distributed", "honest_clinics": 1},
     ]
-    for change in changes:
-        assert ask(clinic, job=noisy_job(clinic, **change)).error.reason == "privacy-refused"
+    for asked in changes:
+        assert ask(clinic, job=noisy_job(clinic, **asked)).reason == "privacy-refused"
     assert spent(clinic) == {}
 
 
@@ -561,13 +606,13 @@ def test_a_round_with_noise_that_is_repeated_is_paid_once_and_answered_alike(cli
     desk, job = desk_of(clinic), noisy_job(clinic)
     first, again = (ask(clinic, desk=desk, job=job) for _ in range(2))
     assert spent(clinic) == {STEP: 2}
-    assert blob_of(first.content) == blob_of(again.content)
+    assert first.opened.blob == again.opened.blob
     other = ask(clinic, desk=desk, job=job, state=start_of(clinic).plus(start_of(clinic)))
-    assert blob_of(other.content) != blob_of(first.content)
+    assert other.opened.blob != first.opened.blob
     assert spent(clinic) == {STEP: 4}
 
 
 def test_a_clinic_that_demands_patients_refuses_jobs_for_records(clinic: Clinic):
     strict = bounded(clinic, unit="patient")
-    assert ask(strict, job=noisy_job(clinic)).error.reason == "refused-by-clinic"
+    assert ask(strict, job=noisy_job(clinic)).reason == "refused-by-clinic"
     assert not strict.ledger.exists() or spent(strict) == {}

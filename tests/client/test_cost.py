@@ -12,10 +12,10 @@ from fedpeft.data import EncodedExample
 from fedpeft.errors import BudgetSpent, DataError, PolicyRefused, PrivacyError
 from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
-from fedpeft.protocol import Job, SumTerms
+from fedpeft.protocol import Job, RankTerms, SumTerms
 from fedpeft.sealing import Identity
 from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.cost import Cost, cost_of, require_losses_allowed, steps_of
+from fedpeft_client.cost import Cost, cost_of, require_losses_allowed, require_noise_fits, steps_of
 from fedpeft_client.settings import BudgetSettings, DataSettings
 
 COORDINATES = 4096
@@ -45,6 +45,7 @@ def clinic_of(test_seed: int | None = None, **privacy: Any) -> Clinic:
 
 def job_of(privacy: dict[str, Any] | None, *, steps: int = 5, rounds: int = 4) -> Job:
     return Job(
+        run="0" * 32,
         federation="sea",
         fingerprint="a" * 64,
         quantization="none",
@@ -145,6 +146,41 @@ def test_as_many_colluding_clinics_as_add_noise_are_refused(colluding: int):
 def test_noise_that_the_job_leaves_open_is_refused(asked: dict[str, Any]):
     with pytest.raises(PrivacyError, match="nothing was trained"):
         cost(asked)
+
+
+RANKS = RankTerms(rule="nested", of={"north": 1}, others=2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes"),
+    [
+        (SHARED, {"ranks": RANKS}),
+        (CENTRAL, {"ranks": RANKS}),
+        (SHARED, {"sends": "A"}),
+        (SHARED, {"sends": "A", "ranks": RANKS}),
+    ],
+)
+def test_noise_for_other_coordinates_than_are_sent_is_refused(
+    asked: dict[str, Any], changes: dict[str, Any]
+):
+    with pytest.raises(PrivacyError, match="nothing was trained") as caught:
+        require_noise_fits(job_of(asked).model_copy(update=changes))
+    assert caught.value.reason == "privacy-refused"
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes"),
+    [
+        (None, {"sends": "A", "ranks": RANKS}),
+        (RECORD, {"sends": "A", "ranks": RANKS}),
+        (CENTRAL, {"sends": "A"}),
+        (SHARED, {"trains": "B", "sends": "B"}),
+    ],
+)
+def test_noise_that_fits_the_part_is_accepted(
+    asked: dict[str, Any] | None, changes: dict[str, Any]
+):
+    require_noise_fits(job_of(asked).model_copy(update=changes))
 
 
 @pytest.mark.parametrize("count", [steps_of, lambda job, rows: cost_of(clinic_of(), job, rows, 9)])

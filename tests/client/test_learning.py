@@ -74,6 +74,7 @@ def clinic_of(model: Path, folder: Path, name: str, rows: int = 12, **changes: A
 def job_for(clinic: Clinic, privacy: PrivacySettings | None, **changes: Any) -> Job:
     shared = privacy is not None and privacy.mechanism == "distributed"
     job = Job(
+        run="0" * 32,
         federation="sea",
         fingerprint=fingerprint(clinic.model),
         quantization="none",
@@ -355,9 +356,9 @@ def test_in_the_secure_sum_there_is_no_loss_no_token_and_no_weight(shares: Any):
     rows = 6 + 16 + 26 + 36
     assert integers == {"num-examples": rows, "nll": 0, "tokens": 0, "clipped": 0, "within-clip": 0}
     job = job_for(clinics[0], SHARED)
-    assert {_contribution(one, job).weight for one in trained} == {1}
+    assert {_contribution(one, job, "c0").weight for one in trained} == {1}
     plain = job_for(clinics[0], None)
-    assert [_contribution(one, plain).weight for one in trained] == [6, 16, 26, 36]
+    assert [_contribution(one, plain, "c0").weight for one in trained] == [6, 16, 26, 36]
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "check"])

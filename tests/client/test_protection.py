@@ -59,6 +59,7 @@ ROWS = rows_of(*PEOPLE)
 
 def job_of(privacy: PrivacySettings | None = NOISY, number: int = 1, **changes: Any) -> Job:
     job = Job(
+        run="0" * 32,
         federation="sea",
         fingerprint="a" * 64,
         quantization="none",

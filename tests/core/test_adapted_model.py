@@ -77,6 +77,21 @@ def test_a_target_that_is_not_linear_is_refused(tiny_model: Path):
         adapter_schema(tiny_model, AdapterSettings(target_modules=("embed_tokens",)))
 
 
+@pytest.mark.parametrize("which", ["tiny_model", "embedded_model"])
+def test_the_head_can_have_an_adapter_though_the_embeddings_have_none(which: str, request):
+    """PEFT would count the embeddings as part of the adapter; the embedded model shares them."""
+    directory: Path = request.getfixturevalue(which)
+    settings = AdapterSettings(rank=2, target_modules=("lm_head", "q_proj"))
+    schema = adapter_schema(directory, settings)
+    modules = {spec.module.rsplit(".", 1)[-1] for spec in schema.tensors}
+    assert modules == {"lm_head", "q_proj"}
+    model = AdaptedModel(load(directory), settings)
+    assert model.schema == schema
+    before = logits(model)
+    model.weights.data.fill_(0.1)
+    assert not torch.equal(logits(model), before)
+
+
 def test_the_start_is_a_function_of_the_seed(tiny_model: Path):
     schema = adapter_schema(tiny_model, AdapterSettings())
     assert torch.equal(initial_state(schema, 1).values, initial_state(schema, 1).values)

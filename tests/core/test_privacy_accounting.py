@@ -208,7 +208,8 @@ def test_more_data_or_steps_or_less_noise_cost_more(rate, noise, steps) -> None:
     dearer.append(cost(noise * 0.8, rate, steps))
     for other in dearer:
         assert other[0] >= base[0] * (1 - THREE_DIGITS)
-        assert other[1] >= base[1] * (1 - 1e-9)
+        # Rényi bounds at rate 1 and below it come from different formulas.
+        assert other[1] >= base[1] * (1 - THREE_DIGITS)
 
 
 @settings(max_examples=20, deadline=None)

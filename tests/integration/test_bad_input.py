@@ -62,7 +62,7 @@ def federation(tmp_path: Path, train: Path, extra: str = "", base: str = "embedd
         (["adapter.rank=0"], 3, "adapter.rank = 0 is refused"),
         (["adapter.rnak=4"], 3, "nearest known key is 'adapter.rank'"),
         (["adapter.target_modules=['q_porj']"], 6, "matches no module"),
-        (["strategy.name=fedavgg"], 3, "the strategies are fedavg"),
+        (["strategy.name=fedavgg"], 3, "the nearest name is 'fedavg'"),
         (["model.base=nowhere"], 5, "does not exist"),
         (["model.base=meta-llama/Llama-3.2-1B"], 5, "hubs are off"),
         ([f"model.fingerprint={'0' * 64}"], 5, "fingerprint"),

@@ -32,7 +32,11 @@ QUICK = (
     "training.warmup_steps=0",
     "rounds.count=1",
 )
-JOB_WORDS = (b"learning_rate", b"target_modules", b"local_steps", b"num-examples", b"all-linear")
+JOB_WORDS = (
+    *(b"learning_rate", b"target_modules", b"local_steps", b"num-examples", b"all-linear"),
+    # What an adapter and the parcel around it begin with, and what stands in its header.
+    *(b"FPADAPT", b"FPPARC", b"kept_products", b"lora_A"),
+)
 WINDOWS, WINDOW_BYTES, LEAST_VALUES = 100, 16, 8
 
 
@@ -283,7 +287,7 @@ def test_the_wire_carries_ciphertext_even_inside_tls(seen: Capture) -> None:
     assert not found_in(seen.proxied, [b"FPSEAL"])
     secrets = [CANARY.encode(), *JOB_WORDS, *seen.windows]
     for record in (seen.inside_tls, seen.proxied):
-        # Three clinics each fetched the adapter three times and sent a masked vector.
+        # Three clinics each fetched the adapter before and after training, and sent a vector.
         assert record.stat().st_size > 3 << 20
         assert found_in(record, secrets) == []
 

@@ -48,6 +48,18 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
+def distance(one: Path, other: Path) -> float:
+    """The norm of the difference of all products BA, as a part of that of the products."""
+    left, right = (load_file(place / "adapter_model.safetensors") for place in (one, other))
+    apart = whole = 0.0
+    for name in (name for name in left if "lora_A" in name):
+        b = name.replace("lora_A", "lora_B")
+        product = left[b].double() @ left[name].double()
+        apart += float((product - right[b].double() @ right[name].double()).square().sum())
+        whole += float(product.square().sum())
+    return (apart / whole) ** 0.5
+
+
 @pytest.fixture(scope="module")
 def ten_clinics(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     assert shared.is_dir()
@@ -77,8 +89,9 @@ def test_the_real_network_gives_the_adapter_of_the_local_engine(
     )
     assert summary["engine"] == "flower"
     assert [done["failed"] for done in summary["rounds"]] == [[], []]  # pyright: ignore
-    difference = largest_difference(tmp_path / "adapter", ten_clinics / "rounds" / "2" / "adapter")
-    assert difference <= 1e-5
+    # A mean in another order differs by rounding, which directions that are hardly used
+    # magnify in the factors of an orthonormal gauge, not in their product.
+    assert distance(tmp_path / "adapter", ten_clinics / "rounds" / "2" / "adapter") <= 1e-3
 
 
 QUICK = ("--set", "training.local_steps=2", "--set", "rounds.count=1")

@@ -74,7 +74,7 @@ def federation_of(
     model = resolve_base(settings.model.base, relative_to=Path())
     schema = adapter_schema(model, settings.adapter)
     directory, watcher = RunDirectory(out, settings, engine="local"), Listener()
-    strategy = build_strategy("fedavg", schema)
+    strategy = build_strategy(settings, schema)
     return settings, Federation(settings, schema, strategy, directory, watcher, SERVER), watcher
 
 
@@ -82,7 +82,12 @@ def clinics_of(settings: FederationSettings, out: Path) -> list[Clinic]:
     model = resolve_base(settings.model.base, relative_to=Path())
     return list(
         simulated_clinics(
-            settings, model, SERVER.public, relative_to=out / "data", ledgers=out / "ledgers"
+            settings,
+            model,
+            SERVER.public,
+            relative_to=out / "data",
+            ledgers=out / "ledgers",
+            personal=out / "personal",
         )
     )
 

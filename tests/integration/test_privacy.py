@@ -157,7 +157,12 @@ def test_a_clinic_whose_bound_is_reached_leaves_and_the_others_go_on(
     model, owner = tiny_model, Identity.generate()
     clinics = list(
         simulated_clinics(
-            plan.settings, model, owner.public, relative_to=plan.relative_to, ledgers=ledgers
+            plan.settings,
+            model,
+            owner.public,
+            relative_to=plan.relative_to,
+            ledgers=ledgers,
+            personal=plan.out / "personal",
         )
     )
     # c1 has 16 rows, of which a step sees a quarter: two steps fit, the second round does not.
@@ -168,7 +173,7 @@ def test_a_clinic_whose_bound_is_reached_leaves_and_the_others_go_on(
     watched = Federation(
         plan.settings,
         schema,
-        build_strategy("fedavg", schema),
+        build_strategy(plan.settings, schema),
         RunDirectory(plan.out, plan.settings, engine="local"),
         Narration(told.append, 2),
         owner,

@@ -252,12 +252,17 @@ def run_desk(
     clinics: list[Clinic] = [
         dataclasses.replace(clinic, aggregation=(change or {}).get(clinic.name, clinic.aggregation))
         for clinic in simulated_clinics(
-            settings, model, server.public, relative_to=data, ledgers=tmp_path / "ledgers"
+            settings,
+            model,
+            server.public,
+            relative_to=data,
+            ledgers=tmp_path / "ledgers",
+            personal=tmp_path / "personal",
         )
     ]
     schema = adapter_schema(model, settings.adapter)
     directory = RunDirectory(tmp_path / "out", settings, engine="local")
-    strategy = build_strategy("fedavg", schema)
+    strategy = build_strategy(settings, schema)
     federation = Federation(settings, schema, strategy, directory, listener, server)
     work = desk(lambda context: clinics[context.node_id - 1000], ClinicWork())
     link = LocalLink(build_client_app(work), clinics)

@@ -12,7 +12,9 @@ import torch
 from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec, load_adapter
 from fedpeft.config import AdapterSettings, FederationSettings
 from fedpeft.errors import AdapterError, StorageError
+from fedpeft.protocol import RankTerms
 from fedpeft_server.collection import ConfidentialityRecord
+from fedpeft_server.outcome import Outcome
 from fedpeft_server.privacy_record import PrivacyRecord
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
 
@@ -25,7 +27,12 @@ SCHEMA = AdapterSchema(
     BASE,
 )
 SETTINGS = FederationSettings.model_validate(
-    {"name": "sea", "adapter": {"rank": 2}, "rounds": {"count": 3}}
+    {
+        "name": "sea",
+        "adapter": {"rank": 2},
+        "rounds": {"count": 3},
+        "strategy": {"name": "fedavg"},
+    }
 )
 
 
@@ -39,6 +46,10 @@ def run_in(path: Path, settings: FederationSettings = SETTINGS, engine: str = "f
 
 def state(number: int) -> AdapterState:
     return AdapterState(SCHEMA, torch.full((SCHEMA.numel,), float(number)))
+
+
+def outcome(number: int) -> Outcome:
+    return Outcome(adapter=state(number))
 
 
 def record(number: int, **changes: Any) -> RoundRecord:
@@ -62,7 +73,7 @@ def run(tmp_path: Path) -> RunDirectory:
     run = run_in(tmp_path)
     assert run.open(BASE) is None
     for number in (0, 1):
-        run.save_round(record(number), state(number))
+        run.save_round(record(number), outcome(number))
     return run
 
 
@@ -70,7 +81,7 @@ def assert_round_1_is_last(path: Path) -> None:
     again = run_in(path)
     assert again.open(BASE) == 1
     assert [each.round for each in again.records()] == [0, 1]
-    assert torch.equal(again.adapter_of(1, SCHEMA).values, state(1).values)
+    assert torch.equal(again.outcome_of(1, SCHEMA).adapter.values, state(1).values)
 
 
 # What breaks
@@ -91,9 +102,9 @@ def test_a_crash_before_the_rename_leaves_the_rounds_before(
     }[moment]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*place, crash)
-        run.save_round(record(2), state(2))
+        run.save_round(record(2), outcome(2))
     assert_round_1_is_last(tmp_path)
-    run_in(tmp_path).save_round(record(2), state(2))
+    run_in(tmp_path).save_round(record(2), outcome(2))
     assert run_in(tmp_path).open(BASE) == 2
 
 
@@ -105,7 +116,7 @@ def test_a_full_disk_is_explained_and_leaves_the_rounds_before(
 
     with monkeypatch.context() as patch, pytest.raises(StorageError, match="no space left"):
         patch.setattr("fedpeft.storage.os.fsync", full)
-        run.save_round(record(2), state(2))
+        run.save_round(record(2), outcome(2))
     assert_round_1_is_last(tmp_path)
 
 
@@ -117,10 +128,10 @@ def test_a_crash_after_the_rename_is_made_good(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunDirectory, "publish", crash)
-        run.save_round(record(2), state(2))
+        run.save_round(record(2), outcome(2))
     again = run_in(tmp_path)
     assert again.open(BASE) == 2
-    again.publish(again.adapter_of(2, SCHEMA))
+    again.publish(again.outcome_of(2, SCHEMA))
     assert torch.equal(load_adapter(again.path / "adapter", SCHEMA).values, state(2).values)
     assert len(json.loads((again.path / "summary.json").read_text())["rounds"]) == 2
 
@@ -141,7 +152,7 @@ def test_a_damaged_adapter_is_told(run: RunDirectory):
     weights = run.path / "rounds" / "1" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(AdapterError, match="rounds/1"):
-        run.adapter_of(1, SCHEMA)
+        run.outcome_of(1, SCHEMA)
 
 
 def test_rounds_after_a_gap_do_not_count(run: RunDirectory, tmp_path: Path):
@@ -214,20 +225,18 @@ def test_what_simulations_put_beside_a_run_is_no_obstacle(beside: list[str], tmp
 
 def test_every_round_keeps_its_adapter(run: RunDirectory):
     for number in (0, 1):
-        assert torch.equal(run.adapter_of(number, SCHEMA).values, state(number).values)
+        assert torch.equal(run.outcome_of(number, SCHEMA).adapter.values, state(number).values)
     assert torch.equal(load_adapter(run.path / "adapter", SCHEMA).values, state(1).values)
 
 
 def test_records_come_back_as_they_were(run: RunDirectory):
     failed = (FailedClinic(clinic="west", reason="not-finite"),)
-    run.save_round(record(2, failed=failed, valid_loss=None, per_clinic={}), state(2))
-    assert run.records() == [
-        record(0),
-        record(1),
-        record(2, failed=failed, valid_loss=None, per_clinic={}),
-    ]
+    last = record(2, failed=failed, valid_loss=None, per_clinic={}, ranks=RANKS)
+    run.save_round(last, outcome(2))
+    assert run.records() == [record(0), record(1), last]
 
 
+RANKS = RankTerms(rule="nested", of={"north": 2, "south": 1}, others=1, alike=True)
 SECAGG: dict[str, Any] = {
     "mode": "secagg",
     "threshold": 3,
@@ -243,8 +252,17 @@ SECAGG: dict[str, Any] = {
 def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
     failed = (FailedClinic(clinic="west", reason="not-finite"),)
     seen = ConfidentialityRecord(**SECAGG)
-    last = record(2, failed=failed, per_clinic={"north": 2.5}, confidentiality=seen)
-    run.save_round(last, state(2))
+    last = record(
+        2,
+        failed=failed,
+        per_clinic={"north": 2.5},
+        confidentiality=seen,
+        sent="AB",
+        product_error=0.25,
+        ranks=RANKS,
+        max_ranks={"north": 8},
+    )
+    run.save_round(last, outcome(2))
     summary = json.loads((run.path / "summary.json").read_text())
     peak = summary.pop("peak_rss_mb")
     assert isinstance(peak, float)
@@ -267,6 +285,10 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
                 "seconds": 1.5,
                 "confidentiality": SECAGG if number == 2 else None,
                 "privacy": None,
+                "sent": "AB" if number == 2 else None,
+                "product_error": 0.25 if number == 2 else None,
+                "ranks": RANKS.model_dump() if number == 2 else None,
+                "max_ranks": {"north": 8} if number == 2 else {},
             }
             for number in (1, 2)
         ],
@@ -306,7 +328,7 @@ def test_the_summary_of_a_noisy_run_has_the_losses_of_its_clinics(tmp_path: Path
     run.open(BASE)
     spent = PrivacyRecord.model_validate({"clinics": {"north": LOSS}})
     for number in (0, 1):
-        run.save_round(record(number, privacy=spent if number else None), state(number))
+        run.save_round(record(number, privacy=spent if number else None), outcome(number))
     found = json.loads((run.path / "summary.json").read_text())
     assert found["privacy"].keys() == {
         "unit",
@@ -327,24 +349,35 @@ def test_a_run_does_not_go_on_under_other_privacy(change: dict[str, Any], tmp_pa
     privacy = {"unit": "record", "noise_multiplier": 1.0}
     run = run_in(tmp_path, altered(privacy=privacy))
     run.open(BASE)
-    run.save_round(record(0), state(0))
+    run.save_round(record(0), outcome(0))
     for other in ({**privacy, **change}, None):
         with pytest.raises(StorageError, match="holds a run with other settings"):
             run_in(tmp_path, altered(privacy=other)).open(BASE)
 
 
-def test_a_round_of_the_first_release_keeps_loading(run: RunDirectory):
+LATER = ["sent", "product_error", "ranks", "max_ranks"]
+"""What rounds of release 0.3 and later say."""
+
+
+@pytest.mark.parametrize("missing", [["confidentiality", "privacy", *LATER], LATER])
+def test_a_round_of_an_older_release_keeps_loading(
+    missing: list[str], run: RunDirectory, tmp_path: Path
+):
     path = run.path / "rounds" / "1" / "round.json"
     content = json.loads(path.read_text())
-    del content["confidentiality"], content["privacy"]
+    for key in missing:
+        del content[key]
     path.write_text(json.dumps(content))
     assert run.records() == [record(0), record(1)]
+    assert_round_1_is_last(tmp_path)
+    found = run.outcome_of(1, SCHEMA)
+    assert (found.memory, found.increments) == ({}, ())
 
 
 def test_a_run_without_validation_has_no_losses(tmp_path: Path):
     run = run_in(tmp_path)
     run.open(BASE)
-    run.save_round(record(0, valid_loss=None, per_clinic={}), state(0))
+    run.save_round(record(0, valid_loss=None, per_clinic={}), outcome(0))
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["rounds"] == []
     assert summary["valid_loss"] == {"base": None, "final": None, "per_clinic": {}}

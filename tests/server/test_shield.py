@@ -6,34 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
 
 from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec
 from fedpeft.config import FederationSettings
 from fedpeft.errors import AdapterError
 from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
-from fedpeft.protocol import (
-    ARRAYS,
-    METRICS,
-    NUM_EXAMPLES,
-    TRAIN_NLL,
-    TRAIN_TOKENS,
-    Job,
-    Payload,
-    array_record,
-    metric_from,
-    metric_record,
-    state_from,
-)
+from fedpeft.protocol import Job, Payload
 from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
-from fedpeft_server.collection import Collected, privacy_of
+from fedpeft_server.collection import privacy_of
 from fedpeft_server.narration import privacy_sentences, round_sentence
+from fedpeft_server.outcome import Outcome
 from fedpeft_server.privacy_record import PrivacyRecord, summary_of
 from fedpeft_server.run_directory import RoundRecord, RunDirectory
-from fedpeft_server.shield import CentralShield, Shield, shield_of
+from fedpeft_server.shield import CentralShield, shield_of
 
-pytestmark = pytest.mark.usefixtures("flower_identity")
 SIZE = 8000
 SCHEMA = AdapterSchema((TensorSpec("m.lora_A.weight", (8, SIZE // 8)),), "a" * 64)
 LOCAL: dict[str, Any] = {"unit": "record", "noise_multiplier": 1.0}
@@ -49,34 +36,9 @@ def settings_of(privacy: dict[str, Any] | None, **changes: Any) -> FederationSet
 
 def central(*, sealed: bool = True, **changes: Any) -> CentralShield:
     mode = {"confidentiality": "sealed" if sealed else "secagg"}
-    shield = shield_of(settings_of({**CENTRAL, **changes}, aggregation=mode), SCHEMA)
+    shield = shield_of(settings_of({**CENTRAL, **changes}, aggregation=mode), SIZE)
     assert isinstance(shield, CentralShield)
     return shield
-
-
-def reply_of(values: torch.Tensor, rows: int) -> Message:
-    update = array_record(AdapterState(SCHEMA, values), "update")
-    metrics = metric_record({NUM_EXAMPLES: rows, TRAIN_NLL: 0.0, TRAIN_TOKENS: 0})
-    return Message(RecordDict({METRICS: metrics, ARRAYS: update}), 7, "train")
-
-
-def collected(*replies: tuple[torch.Tensor, int], within: int = 0) -> Collected:
-    """Return what came of single answers; one reply stands for all under secure sums."""
-    names = tuple(f"c{at}" for at in range(len(replies)))
-    messages = tuple(reply_of(values, rows) for values, rows in replies)
-    return Collected(participants=names, replies=messages, within_clip=within)
-
-
-def pointing(norm: float, seed: int = 0) -> torch.Tensor:
-    values = torch.randn(SIZE, generator=torch.Generator().manual_seed(seed))
-    return values * (norm / torch.linalg.vector_norm(values.double())).float()
-
-
-def released(shield: Shield, got: Collected) -> tuple[torch.Tensor, PrivacyRecord]:
-    out, record = shield.release(got)
-    assert record is not None
-    (reply,) = out.replies
-    return state_from(reply.content, SCHEMA, "update", source="the mean").values, record
 
 
 NOTHING = torch.zeros(SIZE)
@@ -112,8 +74,9 @@ def clinic_loss(epsilon: float | None, **changes: Any) -> ClinicPrivacy:
 
 
 def job_of(settings: FederationSettings) -> Job:
-    shield = shield_of(settings, SCHEMA)
+    shield = shield_of(settings, SIZE)
     return Job(
+        run="0" * 32,
         federation="sea",
         fingerprint="a" * 64,
         quantization="none",
@@ -144,15 +107,15 @@ def test_too_few_clinics_for_central_noise_are_told_how_many_it_takes(clinics: i
 def test_enough_clinics_and_noise_elsewhere_need_no_caution():
     assert central().caution(104) == ""
     assert "times as large" in central().caution(103)
-    assert shield_of(settings_of(LOCAL), SCHEMA).caution(1) == ""
+    assert shield_of(settings_of(LOCAL), SIZE).caution(1) == ""
 
 
 # What clinics are asked
 
 
 def test_under_distributed_noise_no_sum_of_fewer_than_the_honest_clinics_is_meant():
-    assert shield_of(settings_of(SHARED), SCHEMA).least == 3
-    shield = shield_of(settings_of({**SHARED, "honest_clinics": 6}), SCHEMA)
+    assert shield_of(settings_of(SHARED), SIZE).least == 3
+    shield = shield_of(settings_of({**SHARED, "honest_clinics": 6}), SIZE)
     asked = shield.asked()
     assert asked is not None
     assert (shield.least, asked.honest_clinics) == (6, 6)
@@ -160,13 +123,13 @@ def test_under_distributed_noise_no_sum_of_fewer_than_the_honest_clinics_is_mean
 
 @pytest.mark.parametrize("asked", [None, LOCAL, CENTRAL], ids=["none", "local", "central"])
 def test_other_noise_needs_no_number_of_clinics(asked: dict[str, Any] | None):
-    assert shield_of(settings_of(asked), SCHEMA).least == 0
+    assert shield_of(settings_of(asked), SIZE).least == 0
 
 
 def test_whole_numbers_of_a_grid_are_summed_as_they_are():
-    terms = shield_of(settings_of(SHARED), SCHEMA).terms(0.1)
+    terms = shield_of(settings_of(SHARED), SIZE).terms(0.1)
     assert (terms.bits, terms.limit) == (24, 2**23 - 1)
-    plain = shield_of(settings_of(LOCAL), SCHEMA).terms(0.1)
+    plain = shield_of(settings_of(LOCAL), SIZE).terms(0.1)
     assert (plain.bits, plain.limit) == (16, 0.1)
 
 
@@ -179,108 +142,7 @@ def test_central_noise_is_named_in_numbers_and_no_coordinate_is_beyond_the_clip(
     assert epsilon_of({charge: 5}, 1e-5).epsilon <= 4.0
 
 
-# What the server adds
-
-
-def test_the_noise_follows_the_largest_share_of_the_rows():
-    """The peers' fault: clip / n would be 2.4 times too little for 8 : 1 : 1."""
-    got = collected((NOTHING, 800), (NOTHING, 100), (NOTHING, 100))
-    values, record = released(central(clip=0.5, test_seed=1), got)
-    z_update = 1 / math.sqrt(0.75)
-    assert float(values.std()) == pytest.approx(z_update * 0.5 * 0.8, rel=0.03)
-    assert record.noise_to_signal == pytest.approx(z_update * 0.8 * math.sqrt(SIZE))
-
-
-def test_sums_count_all_clinics_alike():
-    one = collected((NOTHING, 1000))
-    got = Collected(participants=("a", "b", "c", "d"), replies=one.replies, within_clip=4)
-    values, _ = released(central(sealed=False, clip=0.5, test_seed=1), got)
-    rounding = 1 + math.sqrt(SIZE) / (2**15 - 1)
-    expected = 0.5 * rounding / 4 / math.sqrt(0.75)
-    assert float(values.std()) == pytest.approx(expected, rel=0.03)
-
-
-def test_an_update_that_a_clinic_left_uncut_is_cut_here():
-    tiny: dict[str, Any] = {"noise_multiplier": 1e-4, "clip": 0.5, "test_seed": 1}
-    values, _ = released(central(**tiny), collected((pointing(50.0), 10)))
-    assert float(torch.linalg.vector_norm(values)) == pytest.approx(0.5, rel=0.01)
-    direction = torch.nn.functional.cosine_similarity(values, pointing(1.0), dim=0)
-    assert float(direction) > 0.99
-
-
-def test_updates_within_the_clip_are_averaged_by_their_rows():
-    tiny: dict[str, Any] = {"noise_multiplier": 1e-4, "clip": 1.0, "test_seed": 1}
-    one, other = pointing(0.5, 1), pointing(0.7, 2)
-    values, _ = released(central(**tiny), collected((one, 30), (other, 10)))
-    assert float((values - (0.75 * one + 0.25 * other)).abs().max()) < 1e-3
-
-
-def test_the_strategy_sees_one_private_answer_with_all_rows():
-    out, _ = central(test_seed=1).release(collected((NOTHING, 8), (NOTHING, 5)))
-    assert len(out.replies) == 1
-    assert metric_from(out.replies[0].content, NUM_EXAMPLES) == 13
-    assert metric_from(out.replies[0].content, TRAIN_TOKENS) == 0
-
-
-def test_updates_that_clinics_cut_to_the_clip_are_counted_as_cut():
-    """In float32 half of them come out a little shorter than the clip."""
-    quiet: dict[str, Any] = {"noise_multiplier": 1e-3, "clip": 0.7, "test_seed": 1}
-    cut = [(pointing(0.7, seed), 1) for seed in range(10)]
-    _, record = released(central(**quiet), collected(*cut))
-    assert record.next_clip == pytest.approx(0.7 * math.exp(0.2 * 0.5), rel=1e-3)
-    short = [(pointing(0.6, seed), 1) for seed in range(10)]
-    _, record = released(central(**quiet), collected(*short))
-    assert record.next_clip == pytest.approx(0.7 * math.exp(-0.2 * 0.5), rel=1e-3)
-
-
-def test_without_noise_of_its_own_a_server_passes_everything_on():
-    told = {"c0": clinic_loss(2.0)}
-    got = Collected(participants=("c0",), replies=(reply_of(NOTHING, 3),), privacy=told)
-    assert shield_of(settings_of(LOCAL), SCHEMA).release(got) == (got, PrivacyRecord(clinics=told))
-    assert shield_of(settings_of(None), SCHEMA).release(got) == (got, None)
-
-
-# A run that goes on
-
-
-def test_clip_and_losses_go_on_with_the_run():
-    running = central()
-    _, first = released(running, collected((NOTHING, 1), (NOTHING, 1)))
-    running.follow(first)
-    restarted = central()
-    restarted.follow(PrivacyRecord.model_validate_json(first.model_dump_json()))
-    for shield in (running, restarted):
-        asked = shield.asked()
-        assert asked is not None
-        assert asked.clip == first.next_clip != first.clip == 1.0
-        _, second = released(shield, collected((NOTHING, 1), (NOTHING, 1), (NOTHING, 1)))
-        steps = {name: loss.steps for name, loss in second.clinics.items()}
-        assert steps == {"c0": 2, "c1": 2, "c2": 1}
-        gaussian = Charge(noise="gaussian", noise_multiplier=1.0)
-        assert second.clinics["c0"].epsilon == epsilon_of({gaussian: 2}, 1e-5).epsilon
-
-
-def test_a_clinic_that_was_away_keeps_what_it_spent():
-    shield = central()
-    for got in (collected((NOTHING, 1), (NOTHING, 1)), collected((NOTHING, 1))):
-        _, record = released(shield, got)
-        shield.follow(record)
-    _, record = released(shield, collected((NOTHING, 1), (NOTHING, 1)))
-    assert {name: loss.steps for name, loss in record.clinics.items()} == {"c0": 3, "c1": 2}
-
-
 # What is written down
-
-
-def test_a_run_with_a_known_seed_is_marked_and_has_no_epsilon():
-    shield = central(test_seed=5)
-    _, record = released(shield, collected((NOTHING, 1)))
-    settings = settings_of({**CENTRAL, "test_seed": 5}, aggregation={"confidentiality": "sealed"})
-    summary = summary_of(settings, [None, record])
-    assert summary is not None
-    assert summary["private"] is False
-    assert summary["clinics"]["c0"]["epsilon"] is None
-    assert any("NOT PRIVATE" in sentence for sentence in summary["assumptions"])
 
 
 FIGURES = {"epsilon", "delta", "epsilon_rdp", "steps", "noise_multiplier", "clip"}
@@ -352,6 +214,7 @@ def test_privacy_survives_on_disk(tmp_path: Path):
     run = RunDirectory(tmp_path / "run", settings_of(LOCAL), engine="local")
     run.open("a" * 64)
     record = round_of(PrivacyRecord(clinics={"c0": clinic_loss(None)}))
-    run.save_round(record.model_copy(update={"round": 0}), AdapterState(SCHEMA, NOTHING))
-    run.save_round(record, AdapterState(SCHEMA, NOTHING))
+    outcome = Outcome(adapter=AdapterState(SCHEMA, NOTHING))
+    run.save_round(record.model_copy(update={"round": 0}), outcome)
+    run.save_round(record, outcome)
     assert run.records()[1] == record
