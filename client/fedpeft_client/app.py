@@ -12,7 +12,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.adapters import to_bytes
-from fedpeft.errors import ConfigError, FedpeftError, SecAggRequired
+from fedpeft.errors import AdapterNotHeld, ConfigError, FedpeftError, SecAggRequired
 from fedpeft.protocol import (
     EVALUATE,
     JOB,
@@ -113,6 +113,9 @@ class ClinicDesk:
             try:
                 request = self._mailbox.open(clinic, message)
                 return self._mailbox.answer(clinic, request, answer(clinic, request))
+            except AdapterNotHeld as error:
+                _LOG.info("%s: %s", clinic.name, error)  # as after every start
+                return Message(Error(ERROR_CODE, error.reason), reply_to=message)
             except FedpeftError as error:
                 _LOG.error("%s: %s", clinic.name, error)
                 return Message(Error(ERROR_CODE, error.reason), reply_to=message)

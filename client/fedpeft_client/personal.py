@@ -58,6 +58,9 @@ class PersonalStore:
         about = _about(part.schema, federation, run, round) | {"sha256": _digest(part)}
         path = self._path(self._directory, federation, run, round)
         metadata = {_ABOUT: json.dumps(about, sort_keys=True)}
+        with explained("write", path):
+            for folder in (self._directory, path.parents[1], path.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(path, save(tensors, metadata), mode=_PRIVATE)
         for number in stale:
             old = self._path(self._directory, federation, run, number)

@@ -13,6 +13,7 @@ from fedpeft_client.settings import (
     DataSettings,
     LimitSettings,
 )
+from fedpeft_strategies import STRATEGIES
 
 
 def simulated_clinics(
@@ -50,6 +51,7 @@ def simulated_clinics(
         exact_losses=privacy is not None and privacy.exact_losses,
     )
     ledgers.mkdir(parents=True, exist_ok=True)
+    is_personal = STRATEGIES[settings.strategy.name].declaration.personal
     return [
         Clinic(
             name=entry.name,
@@ -63,9 +65,12 @@ def simulated_clinics(
                 skip_bad_rows=entry.skip_bad_rows,
             ),
             dtype=settings.model.dtype,
-            limits=LimitSettings(max_rank=entry.max_rank or settings.adapter.rank),
+            limits=LimitSettings(
+                max_rank=entry.max_rank or settings.adapter.rank, min_free_disk_mb=0
+            ),
             aggregation=demands,
             ledger=ledgers / f"{entry.name}.sqlite",
+            adapter_directory=personal / entry.name / "adapter" if is_personal else None,
             personal_directory=personal / entry.name,
             privacy=allowed,
             test_seed=privacy and privacy.test_seed,

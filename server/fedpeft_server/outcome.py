@@ -45,25 +45,21 @@ def save_outcome(outcome: Outcome, directory: Path, *, new: int) -> None:
 
 
 def load_memory(directory: Path) -> dict[str, torch.Tensor]:
-    """Return the strategy's memory; empty if there is none.
+    """Return the strategy's memory that a round left.
 
     Raises:
-        AdapterError: the file is damaged.
+        AdapterError: the file is missing or damaged.
     """
-    path = directory / _MEMORY
-    return read_tensors(path, _ADVICE) if path.exists() else {}
+    return read_tensors(directory / _MEMORY, _ADVICE)
 
 
-def load_product(directory: Path, schema: AdapterSchema) -> AdapterState | None:
-    """Return what a round added to the base model of ``schema``; None if nothing.
+def load_product(directory: Path, schema: AdapterSchema) -> AdapterState:
+    """Return what a round added to the base model of ``schema``.
 
     Raises:
-        AdapterError: the file is damaged.
+        AdapterError: the file is missing or damaged.
     """
-    path = directory / _PRODUCT
-    if not path.exists():
-        return None
-    tensors = read_tensors(path, _ADVICE)
+    tensors = read_tensors(directory / _PRODUCT, _ADVICE)
     first = next(iter(schema.tensors))
     values = tensors.get(first.name)
     rank = 1 if values is None else values.shape[0 if first.factor == "A" else 1]

@@ -42,12 +42,33 @@ class RankPlan:
         of = dict(sorted(ranks.items()))
         return RankTerms(rule=rule, of=of, others=min(of.values()), alike=alike)
 
-    def lowered(self, terms: RankTerms | None) -> list[str]:
+    def caution(self, terms: RankTerms | None) -> str:
+        """Return a sentence on what of the adapter some or all clinics do not train; "" if none."""
+        unable = sorted(name for name, most in self._largest.items() if most < self._rank)
+        if self._rule == "same" and unable:
+            return (
+                f"{', '.join(unable)} train no rank as high as adapter.rank = {self._rank} and "
+                "will refuse, as under this strategy all train the same; lower adapter.rank, or "
+                "use a strategy for different ranks (fedpeft strategies)"
+            )
+        if terms is None:
+            return ""
+        if lowered := self._lowered(terms):
+            return (
+                f"fewer columns of the adapter are trained at {', '.join(lowered)} than could be, "
+                "as too few clinics have so high a rank for a sum to hide them"
+            )
+        if (most := max(terms.of.values())) < self._rank:
+            return (
+                f"columns of the adapter beyond {most} are trained by nobody, as no clinic has a "
+                f"higher rank; adapter.rank = {most} would do"
+            )
+        return ""
+
+    def _lowered(self, terms: RankTerms) -> list[str]:
         """Return the clinics that train less than they could, so that a sum hides them."""
-        of = terms.of if terms is not None else {}
-        return [
-            name for name, rank in of.items() if rank < min(self._rank, self._largest.get(name, 0))
-        ]
+        able = {name: min(self._rank, most) for name, most in self._largest.items()}
+        return [name for name, rank in terms.of.items() if rank < able.get(name, 0)]
 
 
 def _shared(able: Mapping[str, int]) -> dict[str, int]:

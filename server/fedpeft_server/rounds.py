@@ -58,7 +58,7 @@ class Federation:
         self._shield = shield_of(settings, schema.part(strategy.sends(1)).numel)
         hidden = settings.aggregation.confidentiality == "secagg"
         self._ranks = RankPlan(strategy.ranks, settings.adapter.rank, hidden=hidden)
-        self._lowered: list[str] = []
+        self._cautioned = ""
 
     def run(self, link: Link) -> None:
         """Run the rounds that are not finished yet.
@@ -94,6 +94,11 @@ class Federation:
         records = self._directory.records()
         if passed := beyond_goal(self._settings, [record.privacy for record in records]):
             self._watcher.warned(passed)
+        if self._strategy.declaration.personal:
+            self._watcher.warned(
+                "each clinic keeps a factor of its own, so that the adapter here does nothing by "
+                "itself; the results are the adapters that lie at the clinics"
+            )
         self._watcher.finished(records)
 
     def _go_on(self, last: int) -> "_Standing":
@@ -211,15 +216,12 @@ class Federation:
         return replace(collected, ranks=job.ranks)
 
     def _terms(self, clinics: list[str]) -> RankTerms | None:
-        """Return at which ranks ``clinics`` take part, and say whose was lowered."""
+        """Return at which ranks ``clinics`` take part, and say what that leaves out."""
         terms = self._ranks.terms(clinics)
-        lowered = self._ranks.lowered(terms)
-        if lowered and lowered != self._lowered:
-            self._watcher.warned(
-                f"fewer columns of the adapter are trained at {', '.join(lowered)} than could be, "
-                "as too few clinics have so high a rank for a sum to hide them"
-            )
-        self._lowered = lowered
+        caution = self._ranks.caution(terms)
+        if caution and caution != self._cautioned:
+            self._watcher.warned(caution)
+        self._cautioned = caution
         return terms
 
     def _aggregate(

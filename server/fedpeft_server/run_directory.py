@@ -2,11 +2,11 @@
 
     run.json                what the run is, to recognise it when it goes on
     rounds/N/adapter/       the adapter after round N (stock PEFT; N = 0: the start)
+    rounds/N/trained/       only if the base model was changed: the adapter on the changed base
     rounds/N/round.json     what happened in round N
     rounds/N/strategy.safetensors   what the strategy must not forget, if anything
-    rounds/N/product.safetensors    what round N added to the base model, if anything; the
-                            adapter of the round is then one on the changed base
-    adapter/                the adapter after the last finished round, on the unchanged base
+    rounds/N/product.safetensors    what round N added to the base model, if anything
+    adapter/                the adapter after the last finished round
     released.json           what was spent before the last mean left, where the server adds noise
     summary.json            everything above in one file
 
@@ -80,6 +80,9 @@ class RoundRecord(BaseModel):
     """How far the product BA is from the mean of the clinics', in parts of it; None: not known."""
     ranks: RankTerms | None = None
     """At which rank each clinic trained; None: all at the adapter's."""
+    has_memory: bool = False
+    has_product: bool = False
+    """Whether strategy.safetensors and product.safetensors lie beside the record."""
     max_ranks: dict[str, int] = {}
     """The largest rank that each clinic trains, as it reported after the round."""
 
@@ -164,12 +167,12 @@ class RunDirectory:
         Raises:
             AdapterError: files are damaged.
         """
-        path = self._round_path(number)
-        found = [load_product(self._round_path(one), schema) for one in range(1, number + 1)]
+        records, path = self.records()[: number + 1], self._round_path(number)
+        changed = [record.round for record in records if record.has_product]
         return Outcome(
-            adapter=load_adapter(path / "adapter", schema),
-            memory=load_memory(path),
-            increments=tuple(product for product in found if product is not None),
+            adapter=load_adapter(path / ("trained" if changed else "adapter"), schema),
+            memory=load_memory(path) if records[number].has_memory else {},
+            increments=tuple(load_product(self._round_path(one), schema) for one in changed),
         )
 
     def records(self) -> list[RoundRecord]:
@@ -203,9 +206,13 @@ class RunDirectory:
         with explained("write", temporary):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self._save_adapter(outcome.adapter, temporary / "adapter")
+        if outcome.increments:
+            self._save_adapter(outcome.adapter, temporary / "trained")
+        self._save_adapter(combined(outcome.adapter, outcome.increments), temporary / "adapter")
         save_outcome(outcome, temporary, new=new)
-        write_atomically(temporary / "round.json", record.model_dump_json(indent=2).encode())
+        marks = {"has_memory": bool(outcome.memory), "has_product": bool(new)}
+        text = record.model_copy(update=marks).model_dump_json(indent=2)
+        write_atomically(temporary / "round.json", text.encode())
         with explained("write", final):
             temporary.rename(final)
             sync_directory(final.parent)

@@ -34,6 +34,7 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy.exc import OperationalError
 
 from fedpeft.errors import FederationError, StorageError
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
@@ -371,7 +372,10 @@ def _keep_alive(
     state: LinkState, task_id: int, lost: threading.Event, ended: threading.Event
 ) -> None:
     while not ended.wait(_HEARTBEAT_S):
-        if not state.acknowledge_task_heartbeat(task_id):
+        # One heartbeat may be missed: under load the database is locked longer than it waits.
+        with contextlib.suppress(OperationalError):
+            if state.acknowledge_task_heartbeat(task_id):
+                continue
             lost.set()
             return
 

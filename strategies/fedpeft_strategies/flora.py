@@ -23,7 +23,7 @@ class Flora(Strategy):
         exact="yes",
         linear=False,
         up="P",
-        down="nP",
+        down="nP + rk",
         ranks="stacked",
         changes_base=True,
     )

@@ -20,6 +20,18 @@ _LEAST_CLINICS: dict[str, Callable[[int], int]] = {
 """Clinics in a round below which a robust strategy tolerates nothing, by strategy.byzantine."""
 
 
+_OPTIMISERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+_USED_BY: dict[str, tuple[str, ...]] = {
+    "byzantine": ("trimmed-mean", "multi-krum"),
+    "max_norm": ("norm-bound",),
+    "server_learning_rate": _OPTIMISERS,
+    "beta_1": _OPTIMISERS[:3],
+    "beta_2": ("fedadam", "fedyogi"),
+    "tau": _OPTIMISERS[1:],
+}
+"""The strategies that read a setting; under others it would have no effect."""
+
+
 def require_possible(settings: FederationSettings, known: Mapping[str, Declaration]) -> Declaration:
     """Return what the chosen strategy, around what it wraps, needs and gives.
 
@@ -148,6 +160,12 @@ def _missing_settings(settings: FederationSettings) -> Iterator[str]:
             "strategy.reorthonormalize = true gives the frozen A of strategy.name = 'ffa' anew, "
             f"and {strategy.name!r} has no such A; set it to false, or strategy.name = 'ffa'"
         )
+    for key in sorted(strategy.model_fields_set & _USED_BY.keys()):
+        if strategy.name not in _USED_BY[key]:
+            yield (
+                f"strategy.{key} is set, and strategy.name = {strategy.name!r} does not use it; "
+                f"remove it, or choose {' or '.join(_USED_BY[key])} as strategy.name"
+            )
     least = _LEAST_CLINICS.get(strategy.name, lambda _: 1)(strategy.byzantine)
     if minimum < least:
         wrong = f" with strategy.byzantine = {strategy.byzantine}"

@@ -103,7 +103,7 @@ def _properties(declaration: Declaration) -> dict[str, str]:
         "exact mean": declaration.exact,
         "secure aggregation": _yes(declaration.linear),
         "changes the base": _yes(declaration.changes_base),
-        "ranks": declaration.ranks,
+        "ranks": "as inner" if declaration.wraps else declaration.ranks,
         "up": declaration.up,
         "down": declaration.down,
         "noise": "any" if len(mechanisms) == len(_MECHANISMS) else ", ".join(mechanisms),

@@ -10,7 +10,7 @@ from typing import Any, cast
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpeft.adapters import AdapterState, load_adapter, pairs
+from fedpeft.adapters import AdapterState, load_adapter, load_settings_of, pairs
 from fedpeft.config import FederationSettings
 from fedpeft.models import adapter_schema
 from fedpeft.sealing import Identity
@@ -124,10 +124,11 @@ def run(simulation: Simulation) -> Listener:
 
 
 def adapter_after(simulation: Simulation, number: int) -> AdapterState:
-    """The adapter that the run holds after a round."""
+    """The adapter that the run holds after a round, on the unchanged base."""
     settings = simulation.settings
+    place = simulation.out / "rounds" / str(number) / "adapter"
     schema = adapter_schema(Path(settings.model.base), settings.adapter)
-    return load_adapter(simulation.out / "rounds" / str(number) / "adapter", schema)
+    return load_adapter(place, schema.of_rank(load_settings_of(place).rank))
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,14 @@ def test_a_product_of_another_shape_is_refused(tensors: dict[str, torch.Tensor],
 def test_where_nothing_is_beside_the_adapter_nothing_is_found(tmp_path: Path):
     save_outcome(Outcome(adapter=drawn(1)), tmp_path, new=0)
     assert list(tmp_path.iterdir()) == []
-    assert load_memory(tmp_path) == {}
-    assert load_product(tmp_path, SCHEMA) is None
+
+
+@pytest.mark.parametrize("name", ["strategy.safetensors", "product.safetensors"])
+def test_what_a_round_left_and_is_gone_is_missed(name: str, tmp_path: Path):
+    run = run_of(tmp_path)
+    (run.path / "rounds" / "3" / name).unlink()
+    with pytest.raises(AdapterError, match="remove the directory of that round"):
+        run.outcome_of(3, SCHEMA)
 
 
 def test_memory_comes_back_to_the_bit(tmp_path: Path):
@@ -172,10 +178,13 @@ def test_the_adapter_of_a_run_does_alone_what_base_and_products_do(
         assert float((found - expected).abs().max()) < 1e-4
 
 
-def test_the_adapter_of_a_round_is_the_one_on_the_changed_base(tmp_path: Path):
+def test_the_adapter_of_a_round_works_on_the_unchanged_base(tmp_path: Path):
     run = run_of(tmp_path)
-    found = load_adapter(run.path / "rounds" / "3" / "adapter", SCHEMA)
-    assert torch.equal(found.values, drawn(3).values)
+    place = run.path / "rounds" / "3"
+    assert torch.equal(load_adapter(place / "trained", SCHEMA).values, drawn(3).values)
+    whole = load_adapter(run.path / "adapter", SCHEMA.of_rank(8))
+    again = load_adapter(place / "adapter", SCHEMA.of_rank(8))
+    assert torch.equal(whole.values, again.values)
 
 
 def test_a_run_that_goes_on_publishes_the_same_adapter(tmp_path: Path):

@@ -60,7 +60,7 @@ def test_in_a_sum_every_clinic_has_enough_others_at_its_rank_or_above(able: dict
 def test_where_each_update_is_opened_nobody_is_lowered(able: dict[str, int]):
     made = plan(able, hidden=False)
     assert ranks_of(able, hidden=False) == {name: min(rank, RANK) for name, rank in able.items()}
-    assert made.lowered(made.terms(able)) == []
+    assert "fewer columns" not in made.caution(made.terms(able))
 
 
 @given(able=ABLE, hidden=st.booleans(), data=st.data())
@@ -120,8 +120,22 @@ def test_it_is_the_ranks_after_lowering_that_say_how_clinics_count(able: list[in
 def test_who_was_lowered_is_named():
     able = {"a": 8, "b": 99, "c": 4, "d": 4, "e": 2}
     made = plan(able, hidden=True)
-    assert made.lowered(made.terms(able)) == ["a", "b"]
-    assert made.lowered(None) == []
+    assert "are trained at a, b than could be" in made.caution(made.terms(able))
+    assert made.caution(None) == ""
+
+
+def test_columns_that_nobody_trains_are_said():
+    made = plan({"a": 2, "b": 2, "c": 2}, hidden=True)
+    assert "columns of the adapter beyond 2 are trained by nobody" in made.caution(
+        made.terms(["a", "b", "c"])
+    )
+
+
+def test_a_clinic_that_will_refuse_is_named_before_it_is_asked_to_train():
+    made = RankPlan("same", 8, hidden=True)
+    assert made.caution(made.terms(["a", "b"])) == ""
+    made.heard({"a": 8, "b": 4})
+    assert made.caution(made.terms(["a", "b"])).startswith("b train no rank as high as")
 
 
 @pytest.mark.parametrize("hidden", [True, False])
@@ -178,4 +192,4 @@ def test_a_clinic_that_nothing_was_heard_of_is_not_lowered():
     terms = made.terms(["a", "b", "c", "new"])
     assert terms is not None
     assert terms.of["new"] == 2
-    assert made.lowered(terms) == []
+    assert "fewer columns" not in made.caution(terms)

@@ -288,6 +288,8 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
                 "sent": "AB" if number == 2 else None,
                 "product_error": 0.25 if number == 2 else None,
                 "ranks": RANKS.model_dump() if number == 2 else None,
+                "has_memory": False,
+                "has_product": False,
                 "max_ranks": {"north": 8} if number == 2 else {},
             }
             for number in (1, 2)
@@ -355,7 +357,7 @@ def test_a_run_does_not_go_on_under_other_privacy(change: dict[str, Any], tmp_pa
             run_in(tmp_path, altered(privacy=other)).open(BASE)
 
 
-LATER = ["sent", "product_error", "ranks", "max_ranks"]
+LATER = ["sent", "product_error", "ranks", "has_memory", "has_product", "max_ranks"]
 """What rounds of release 0.3 and later say."""
 
 

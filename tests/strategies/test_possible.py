@@ -131,13 +131,30 @@ def test_reorthonormalizing_under_a_server_optimiser_is_refused():
 
 
 @pytest.mark.parametrize(
+    "used",
+    [
+        {"byzantine": 2},
+        {"max_norm": 1.0},
+        {"server_learning_rate": 1.0},
+        {"beta_1": 0.1},
+        {"tau": 1},
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_have_no_effect_is_refused(used: dict[str, Any]):
+    (key,) = used
+    assert f"strategy.{key} is set" in refusal("alternating", strategy=used)
+
+
+@pytest.mark.parametrize(
     ("name", "byzantine", "least"),
     [("median", 1, 3), ("trimmed-mean", 1, 3), ("trimmed-mean", 2, 5), ("multi-krum", 1, 5)],
 )
 def test_too_few_clinics_to_tell_right_from_wrong_are_refused(
     name: str, byzantine: int, least: int
 ):
-    tables: dict[str, Any] = {"aggregation": SEALED, "strategy": {"byzantine": byzantine}}
+    used = {} if name == "median" else {"byzantine": byzantine}
+    tables: dict[str, Any] = {"aggregation": SEALED, "strategy": used}
     text = refusal(name, rounds={"minimum_clinics": least - 1}, **tables)
     assert f"set rounds.minimum_clinics = {least}" in text
     require_possible(settings(name, rounds={"minimum_clinics": least}, **tables))
