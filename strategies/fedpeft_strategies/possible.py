@@ -160,11 +160,12 @@ def _missing_settings(settings: FederationSettings) -> Iterator[str]:
             "strategy.reorthonormalize = true gives the frozen A of strategy.name = 'ffa' anew, "
             f"and {strategy.name!r} has no such A; set it to false, or strategy.name = 'ffa'"
         )
-    for key in sorted(strategy.model_fields_set & _USED_BY.keys()):
-        if strategy.name not in _USED_BY[key]:
+    for key, users in sorted(_USED_BY.items()):
+        changed = getattr(strategy, key) != StrategySettings.model_fields[key].default
+        if changed and strategy.name not in users:
             yield (
                 f"strategy.{key} is set, and strategy.name = {strategy.name!r} does not use it; "
-                f"remove it, or choose {' or '.join(_USED_BY[key])} as strategy.name"
+                f"remove it, or choose {' or '.join(users)} as strategy.name"
             )
     least = _LEAST_CLINICS.get(strategy.name, lambda _: 1)(strategy.byzantine)
     if minimum < least:
