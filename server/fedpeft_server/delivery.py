@@ -7,8 +7,6 @@ so and is asked again with the whole. Each parcel is encrypted once, however man
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Array
-
 from fedpeft.adapters import Mixing
 from fedpeft.errors import AdapterNotHeld
 from fedpeft.protocol import ADAPTER, CONTENT_KEY, JOB, Job, Payload, raw
@@ -100,5 +98,4 @@ def _printed(fields: Mapping[str, str], parcel: bytes) -> Letter:
     if not parcel:
         return Letter(Payload({**fields}))
     data, key = seal_broadcast(parcel)
-    broadcast: Array = raw(data)
-    return Letter(Payload({**fields, CONTENT_KEY: key.to_bytes().hex()}), broadcast)
+    return Letter(Payload({**fields, CONTENT_KEY: key.to_bytes().hex()}), raw(data))

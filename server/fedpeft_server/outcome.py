@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
-from fedpeft.adapters import AdapterSchema, AdapterState, stacked
+from fedpeft.adapters import AdapterSchema, AdapterState, combined, stacked
 from fedpeft.adapters.peft_directory import read_tensors
 from fedpeft.storage import write_atomically
 
@@ -29,6 +30,11 @@ class Outcome:
     adapter: AdapterState
     memory: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     increments: tuple[AdapterState, ...] = ()
+
+    @cached_property
+    def whole(self) -> AdapterState:
+        """The adapter with all increments: what it takes on the unchanged base."""
+        return combined(self.adapter, self.increments)
 
 
 def save_outcome(outcome: Outcome, directory: Path, *, new: int) -> None:

@@ -29,7 +29,6 @@ from fedpeft.adapters import (
     AdapterState,
     Factors,
     at_rank,
-    combined,
     load_adapter,
     save_adapter,
 )
@@ -208,7 +207,7 @@ class RunDirectory:
             temporary.mkdir(parents=True)
         if outcome.increments:
             self._save_adapter(outcome.adapter, temporary / "trained")
-        self._save_adapter(combined(outcome.adapter, outcome.increments), temporary / "adapter")
+        self._save_adapter(outcome.whole, temporary / "adapter")
         save_outcome(outcome, temporary, new=new)
         marks = {"has_memory": bool(outcome.memory), "has_product": bool(new)}
         text = record.model_copy(update=marks).model_dump_json(indent=2)
@@ -255,9 +254,8 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full or read-only.
         """
-        state = combined(outcome.adapter, outcome.increments)
-        self._save_adapter(state, self.path / "adapter")
-        self.write_summary(state.schema.fingerprint)
+        self._save_adapter(outcome.whole, self.path / "adapter")
+        self.write_summary(outcome.adapter.schema.fingerprint)
 
     def _save_adapter(self, state: AdapterState, directory: Path) -> None:
         settings = at_rank(self._settings.adapter, state.schema.rank)
