@@ -12,7 +12,7 @@ install: .venv/ready  ## create .venv with everything that developing and runnin
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fedpeft needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[ray,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[ray,onnx,dev]'
 	touch $@
 
 demo: .venv/ready     ## run the embedded federation and print what federating gained (runs/demo/)

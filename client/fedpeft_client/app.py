@@ -139,7 +139,7 @@ class ClinicDesk:
             )
         self._seen(clinic, job)
         held = self._shelf.take(clinic, request)
-        return Assignment(job, held.to_bytes(), context.schema, context.run, held.increments)
+        return Assignment(job, held, context.schema, context.run)
 
     def _do(
         self, kind: str, clinic: Clinic, request: Request, assignment: Assignment
@@ -151,7 +151,7 @@ class ClinicDesk:
         if kind != TRAIN:
             self._paid.pop(clinic.name, None)
             return self._work.evaluate(clinic, assignment)
-        asked = (request.context.run, model_digest(assignment.job, assignment.adapter))
+        asked = (request.context.run, model_digest(assignment.job, assignment.held.to_bytes()))
         paid, trained = self._paid.get(clinic.name, (None, None))
         if trained is None or paid != asked:
             trained = self._work.train(clinic, assignment)

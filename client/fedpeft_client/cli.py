@@ -15,20 +15,13 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from fedpeft.console import Program, ask_passphrase
+from fedpeft.console import ask_passphrase
 from fedpeft.errors import ConfigError, FedpeftError, LedgerDamaged
 from fedpeft.storage import write_atomically
+from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
     from fedpeft.privacy.ledger import Ledger
-
-program = Program(
-    "fedpeft-client",
-    "Take part in a federation: train on this clinic's records, which never leave this box.",
-)
-_BoxDirectory = Annotated[
-    Path, typer.Argument(help="the directory that `fedpeft-client join` made")
-]
 
 
 @program.app.command()
@@ -97,7 +90,7 @@ def join(
 
 
 @program.app.command()
-def check(directory: _BoxDirectory = Path()) -> None:
+def check(directory: BoxDirectory = Path()) -> None:
     """Say whether this box can take part: keys, model, data, disk, memory and server.
 
     Reads everything, writes nothing, and sends the server one request without content.
@@ -116,7 +109,7 @@ def check(directory: _BoxDirectory = Path()) -> None:
 
 @program.app.command()
 def peers(
-    directory: _BoxDirectory = Path(),
+    directory: BoxDirectory = Path(),
     forget: Annotated[
         str | None, typer.Option(help="a clinic whose new key was compared by telephone")
     ] = None,
@@ -136,7 +129,7 @@ def peers(
 
 
 @program.app.command()
-def status(directory: _BoxDirectory = Path()) -> None:
+def status(directory: BoxDirectory = Path()) -> None:
     """Say which federation this box is in, what it demands, and what it last took part in.
 
     Reads DIR; writes and sends nothing.
@@ -166,7 +159,7 @@ program.app.add_typer(_ledger, name="ledger")
 
 @_ledger.command()
 def show(
-    directory: _BoxDirectory = Path(),
+    directory: BoxDirectory = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Say what was spent, what is left, per job, and what one more round would cost.
@@ -191,7 +184,7 @@ def show(
 
 
 @_ledger.command()
-def verify(directory: _BoxDirectory = Path()) -> None:
+def verify(directory: BoxDirectory = Path()) -> None:
     """Look for edited, missing or reordered rows in the ledger; exit with 16 if there are any.
 
     Reads DIR and the ledger; sends nothing.
@@ -225,7 +218,7 @@ def _intact_ledger(path: Path) -> "Generator[Ledger]":
 
 
 @program.app.command()
-def start(directory: _BoxDirectory = Path()) -> None:
+def start(directory: BoxDirectory = Path()) -> None:
     """Take part until stopped with Ctrl-C: wait for the server's rounds and train in them.
 
     Reads the records and the base model; writes DIR/adapter, DIR/status.json,

@@ -102,7 +102,7 @@ class SecureSums:
             round=context.round,
             attempt=context.attempt,
             kind=kind,
-            model=model_digest(job, assignment.adapter),
+            model=model_digest(job, assignment.held.to_bytes()),
         )
         self.forget(clinic.name)
         opened = ClinicSession(

@@ -28,7 +28,7 @@ from fedpeft.models import (
     require_fingerprint,
 )
 from fedpeft.protocol import Job
-from fedpeft.protocol.parcel import Increment
+from fedpeft.protocol.parcel import Held
 from fedpeft.training import Observer
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.cost import require_losses_allowed, require_noise_fits, steps_of
@@ -41,16 +41,12 @@ from fedpeft_client.settings import LimitSettings
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A job with the adapter's bytes; ``schema`` is the hash that the server signed for it.
-
-    ``base_change`` are the products that the job adds to the base model.
-    """
+    """A job with what the server sent; ``schema`` is the adapter's hash that it signed for it."""
 
     job: Job
-    adapter: bytes
+    held: Held
     schema: str
     run: int
-    base_change: tuple[Increment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +170,8 @@ class ClinicWork:
                 "the server's message was sealed for another adapter schema than its job gives "
                 "here: it is not used; install the same fedpeft release on both sides"
             )
-        state = from_bytes(assignment.adapter, schema, "adapter", source="the server")
+        state = assignment.held.adapter
+        schema.require(state.schema.hash, source="the server")
         state.require_finite(source="the server")
         own = self._kept(clinic, assignment, schema, until)
         state = (state if own is None else state.with_part(own)).part("AB", rank + rest_rank)
@@ -228,7 +225,7 @@ def _products(clinic: Clinic, assignment: Assignment) -> list[tuple[str, Adapter
         ConfigError: they are not those that the job names.
         SchemaMismatch, NotFinite: one cannot be used.
     """
-    job, increments = assignment.job, assignment.base_change
+    job, increments = assignment.job, assignment.held.increments
     if tuple(increment.digest for increment in increments) != job.base_change:
         raise ConfigError(
             f"the server's job adds {len(job.base_change)} products to the base model, and those "

@@ -34,7 +34,7 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine, event
 
 from fedpeft.errors import FederationError, StorageError
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
@@ -49,6 +49,7 @@ from fedpeft_server.wire_meter import WireMeter, metered_protocol
 # The store gives a run up after 60 s without a sign of life.
 _HEARTBEAT_S: Final = 15.0
 _COMPACT_ABOVE_BYTES: Final = 64 << 20
+_BUSY_MS: Final = 60_000
 
 _Part = TypeVar("_Part")
 
@@ -114,6 +115,7 @@ class SuperLink:
             app = create_app(_flower_config(_database(self._settings.directory)), SuperLinkLifespan)
             state: LinkState = app.state.linkstate_factory.state()
             opened.callback(_close_store, state)
+            _wait_longer(state)
             self._state = state
             _end_old_runs(state)
             _compact(self._settings.directory)
@@ -372,17 +374,32 @@ def _keep_alive(
     state: LinkState, task_id: int, lost: threading.Event, ended: threading.Event
 ) -> None:
     while not ended.wait(_HEARTBEAT_S):
-        # One heartbeat may be missed: under load the database is locked longer than it waits.
-        with contextlib.suppress(OperationalError):
-            if state.acknowledge_task_heartbeat(task_id):
-                continue
+        if not state.acknowledge_task_heartbeat(task_id):
             lost.set()
             return
 
 
+def _wait_longer(state: LinkState) -> None:
+    """Let every connection of the message store wait for its turn longer than Flower's 5 s.
+
+    On a slow or busy disk one large message can hold the database for more than that, and
+    whoever waited would have its call refused as "database is locked".
+    """
+
+    def wait(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+
+    for engine in _engines(state):
+        event.listen(engine, "connect", wait)
+        engine.dispose()  # what is open already was told Flower's number
+
+
 def _close_store(state: LinkState) -> None:
     # Flower leaves its database connections to the garbage collector.
-    for part in (state, state.object_store):
-        engine = getattr(part, "_engine", None)
-        if engine is not None:
-            engine.dispose()
+    for engine in _engines(state):
+        engine.dispose()
+
+
+def _engines(state: LinkState) -> list[Engine]:
+    """Return Flower's database engines: of the messages, and of their contents."""
+    return [getattr(part, "_engine") for part in (state, state.object_store)]  # noqa: B009

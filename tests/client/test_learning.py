@@ -14,7 +14,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedpeft.adapters import to_bytes
 from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.errors import BudgetSpent, NotFinite, TooFewClinics
 from fedpeft.models import adapter_schema, fingerprint, initial_state
@@ -23,6 +22,7 @@ from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.noise import GaussianNoise
 from fedpeft.privacy.skellam import grid_for, sensitivities
 from fedpeft.protocol import Job, SumTerms
+from fedpeft.protocol.parcel import Held
 from fedpeft.protocol.sums import GRID_BITS, INTEGERS, grid_limit, model_digest, value_of_unit
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.secagg import STAGES, Aggregation, Quantiser, Session, State, Terms
@@ -101,7 +101,7 @@ def job_for(clinic: Clinic, privacy: PrivacySettings | None, **changes: Any) -> 
 
 def assigned(clinic: Clinic, job: Job) -> Assignment:
     state = initial_state(adapter_schema(clinic.model, LORA), 0)
-    return Assignment(job, to_bytes(state, "adapter"), state.schema.hash, 1)
+    return Assignment(job, Held(state), state.schema.hash, 1)
 
 
 def train(
@@ -299,7 +299,7 @@ class Sum:
         )
         self.members = {each.name: (each, one) for each, one in zip(clinics, trained, strict=True)}
         self.sums = SecureSums()
-        terms, model = job.aggregation, model_digest(job, self.assignment.adapter)
+        terms, model = job.aggregation, model_digest(job, self.assignment.held.to_bytes())
         # Of the least number of clinics this server says nothing: each clinic sees to it.
         self.server = Aggregation(
             Session(federation="sea", run=1, round=1, attempt=1, kind="train", model=model),

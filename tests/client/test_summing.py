@@ -13,6 +13,7 @@ from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec
 from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.errors import TooFewClinics
 from fedpeft.protocol import Job, RankTerms, SumTerms
+from fedpeft.protocol.parcel import Held
 from fedpeft.protocol.sums import integers_of, levels_of, model_digest, weight_of_level
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.secagg import STAGES, Aggregation, Quantiser, SecureSum, Session, State, Terms
@@ -82,7 +83,9 @@ class World:
         self, ranks: Mapping[str, int], kind: Kind = "train", *, alike: bool = False
     ) -> None:
         self.job, self.kind, self.ranks = job_of(ranks, alike=alike), kind, ranks
-        self.assignment = Assignment(self.job, b"adapter", SCHEMA.hash, 1)
+        self.assignment = Assignment(
+            self.job, Held(AdapterState(SCHEMA, torch.zeros(SCHEMA.numel))), SCHEMA.hash, 1
+        )
         self.sums = {name: SecureSums() for name in ranks}
         self.server = Aggregation(
             Session(
@@ -91,7 +94,7 @@ class World:
                 round=1,
                 attempt=1,
                 kind=kind,
-                model=model_digest(self.job, self.assignment.adapter),
+                model=model_digest(self.job, self.assignment.held.to_bytes()),
             ),
             Terms(
                 identities={name: IDENTITIES[name].public.signing_bytes for name in ranks},

@@ -33,7 +33,7 @@ from fedpeft.errors import (
 from fedpeft.models import adapter_schema, fingerprint, initial_state
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.protocol import Job, RankTerms, SumTerms
-from fedpeft.protocol.parcel import Increment
+from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
 from fedpeft.training import StepDone
 from fedpeft_client.clinic import Clinic, Membership
@@ -99,8 +99,7 @@ def noise(clinic: Clinic, size: float = 0.1, seed: int = 3, rank: int = RANK) ->
 def assigned(
     job: Job, state: AdapterState, increments: Sequence[Increment] = (), run: int = 1
 ) -> Assignment:
-    data = to_bytes(state, "adapter")
-    return Assignment(job, data, state.schema.hash, run, tuple(increments))
+    return Assignment(job, Held(state, tuple(increments)), state.schema.hash, run)
 
 
 def increments_of(clinic: Clinic, *of_ranks: int) -> list[Increment]:

@@ -507,6 +507,21 @@ def test_message_to_a_clinic_that_never_connected_is_not_waited_for(link, member
     assert time.monotonic() - started < 5
 
 
+def test_a_database_that_is_busy_is_waited_for(tmp_path, authority, monkeypatch):
+    # Flower's own patience, here too short for what follows.
+    monkeypatch.setattr("flwr.supercore.sql_mixin.SQLITE_PRAGMAS", (("busy_timeout", "1"),))
+    with SuperLink(settings_in(tmp_path), authority, enrolments_in(tmp_path, authority)) as running:
+        other = sqlite3.connect(tmp_path / "flower.db", check_same_thread=False)
+        other.execute("BEGIN EXCLUSIVE")
+        released = threading.Timer(0.5, other.rollback)
+        released.start()
+        began = time.monotonic()
+        assert running._state.acknowledge_task_heartbeat(running._task_id)
+        assert time.monotonic() - began > 0.3
+        released.join()
+        other.close()
+
+
 def test_lost_run_is_an_error_of_the_federation(tmp_path, authority):
     with SuperLink(settings_in(tmp_path), authority, enrolments_in(tmp_path, authority)) as link:
         link.grid._lost.set()
