@@ -14,8 +14,8 @@ import torch
 
 from fedpeft.adapters import AdapterState
 from fedpeft_strategies.declaration import Declaration
-from fedpeft_strategies.robust import Robust, no_update
-from fedpeft_strategies.strategy import Aggregated, Fold
+from fedpeft_strategies.robust import FiniteFold, Robust
+from fedpeft_strategies.strategy import Fold
 
 
 class NormBound(Robust):
@@ -48,46 +48,23 @@ class NormBound(Robust):
         return (total / len(changes)).to(changes[0].dtype)
 
 
-class StreamedFold(Fold):
+class StreamedFold(FiniteFold):
     """The sum of the shortened changes of one round."""
 
     def __init__(
         self, strategy: NormBound, number: int, adapter: AdapterState, bound: float
     ) -> None:
-        self._strategy = strategy
-        self._number = number
-        self._adapter = adapter
-        self._schema = adapter.schema.part(strategy.sends(number))
+        super().__init__(strategy, number, adapter)
         self._bound = bound
-        self._total = torch.zeros(self._schema.numel, dtype=torch.float64)
-        self._count = 0
-        self._left_out = 0
+        self._total = torch.zeros(self.schema.numel, dtype=torch.float64)
 
-    def add(self, change: AdapterState, weight: float) -> None:
-        """Add a change, shortened if need be; the weight is not looked at.
+    def take(self, change: torch.Tensor) -> None:
+        """Add it, shortened if need be."""
+        _add_shortened(self._total, change, self._bound)
 
-        Raises:
-            SchemaMismatch: it is of another part, or of a lower rank.
-        """
-        self._schema.require(change.schema.hash, source="an update")
-        if bool(torch.isfinite(change.values).all()):
-            _add_shortened(self._total, change.values, self._bound)
-            self._count += 1
-        else:
-            self._left_out += 1
-
-    def result(self) -> Aggregated:
-        """Return the adapter moved by the mean.
-
-        Raises:
-            AdapterError: no change could be used.
-        """
-        if not self._count:
-            raise no_update(self._left_out)
-        mean = (self._total / self._count).to(self._adapter.values.dtype)
-        return self._strategy.finished(
-            self._number, self._adapter, AdapterState(self._schema, mean)
-        )
+    def centre(self, count: int) -> torch.Tensor:
+        """Return the mean, in float64."""
+        return self._total / count
 
 
 def _norm(change: torch.Tensor) -> float:

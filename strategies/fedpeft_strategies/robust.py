@@ -78,28 +78,29 @@ class Robust(Alternating):
         return bound - left_out
 
 
-class RobustFold(Fold):
-    """The changes of one round, all kept."""
+class FiniteFold(Fold):
+    """The changes of one round, of which those with NaN or infinity are left out."""
 
     def __init__(self, strategy: Robust, number: int, adapter: AdapterState) -> None:
-        self._strategy = strategy
+        self.strategy = strategy
+        self.schema = adapter.schema.part(strategy.sends(number))
+        self.left_out = 0
         self._number = number
         self._adapter = adapter
-        self._schema = adapter.schema.part(strategy.sends(number))
-        self._changes: list[torch.Tensor] = []
-        self._left_out = 0
+        self._count = 0
 
     def add(self, change: AdapterState, weight: float) -> None:
-        """Keep a change; the weight is not looked at.
+        """Take a change; the weight is not looked at.
 
         Raises:
             SchemaMismatch: it is of another part, or of a lower rank.
         """
-        self._schema.require(change.schema.hash, source="an update")
+        self.schema.require(change.schema.hash, source="an update")
         if bool(torch.isfinite(change.values).all()):
-            self._changes.append(change.values)
+            self.take(change.values)
+            self._count += 1
         else:
-            self._left_out += 1
+            self.left_out += 1
 
     def result(self) -> Aggregated:
         """Return the adapter moved by the centre of the changes.
@@ -107,20 +108,39 @@ class RobustFold(Fold):
         Raises:
             AdapterError: there were too few.
         """
-        if not self._changes:
-            raise no_update(self._left_out)
-        centre = self._strategy.centre(self._changes, self._left_out)
-        return self._strategy.finished(
-            self._number, self._adapter, AdapterState(self._schema, centre)
+        if not self._count:
+            raise AdapterError(
+                f"no update of this round can be used, and {self.left_out} hold NaN or infinity; "
+                "look at the clinics' logs, and lower training.learning_rate if they diverge"
+            )
+        centre = self.centre(self._count).to(self._adapter.values.dtype)
+        return self.strategy.finished(
+            self._number, self._adapter, AdapterState(self.schema, centre)
         )
 
+    @abstractmethod
+    def take(self, change: torch.Tensor) -> None:
+        """Take in the finite coordinates of one clinic."""
 
-def no_update(left_out: int) -> AdapterError:
-    """Return the error of a round without a single change that can be used."""
-    return AdapterError(
-        f"no update of this round can be used, and {left_out} hold NaN or infinity; look at the "
-        "clinics' logs, and lower training.learning_rate if they diverge"
-    )
+    @abstractmethod
+    def centre(self, count: int) -> torch.Tensor:
+        """Return what stands for the ``count`` changes that were taken, at least one."""
+
+
+class RobustFold(FiniteFold):
+    """The changes of one round, all kept."""
+
+    def __init__(self, strategy: Robust, number: int, adapter: AdapterState) -> None:
+        super().__init__(strategy, number, adapter)
+        self._changes: list[torch.Tensor] = []
+
+    def take(self, change: torch.Tensor) -> None:
+        """Keep it."""
+        self._changes.append(change)
+
+    def centre(self, count: int) -> torch.Tensor:
+        """Return the strategy's centre of all."""
+        return self.strategy.centre(self._changes, self.left_out)
 
 
 def by_coordinate(
