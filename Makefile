@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint types imports check install clean
+.PHONY: help demo test lint types imports check install clean deb offline-install
 
 help:                 ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,12 @@ types: .venv/ready    ## static types
 
 imports: .venv/ready  ## which package may import which
 	$(BIN)/lint-imports
+
+deb: .venv/ready      ## build the package for Debian (dist/)
+	$(BIN)/python deploy/debian/build.py dist
+
+offline-install: .venv/ready ## slow: bundle everything and install it without a network
+	FEDPEFT_FULL_BUNDLE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration/test_offline_install.py -k whole
 
 clean:                ## remove what was built and installed (not runs/)
 	rm -rf .venv dist build

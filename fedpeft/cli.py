@@ -217,6 +217,77 @@ def audit(
 
 
 @program.app.command()
+def bundle(
+    model: Annotated[Path, typer.Option(help="directory of the base model, or 'embedded'")],
+    out: Annotated[Path, typer.Option(help="the tar file to write")] = Path("fedpeft-offline.tar"),
+    wheels: Annotated[
+        Path | None, typer.Option(help="folder of wheels; default: gathered with pip now")
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(help="a file to go along, such as a client.toml; may be repeated"),
+    ] = None,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="identity to sign with, such as SITE/keys/identity.key; default: its own"
+        ),
+    ] = None,
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="that identity is encrypted; asked for")
+    ] = False,
+    key_file: Annotated[
+        Path | None, typer.Option(help="that identity is encrypted with the content of this file")
+    ] = None,
+) -> None:
+    """Make one file that installs fedpeft and the base model where there is no network.
+
+    Reads the model, the wheels, the files named and the key; writes OUT, and beside it
+    fedpeft-bundle.key if no key is named; sends nothing, but without --wheels pip asks
+    its package index for the wheels.
+    """
+    from fedpeft.bundle.command import Wish, build
+
+    wish = Wish(
+        model=model,
+        out=out,
+        wheels=wheels,
+        config=tuple(config or ()),
+        sign_key=sign_key,
+        passphrase=passphrase,
+        key_file=key_file,
+    )
+    made, signer = build(wish, program.say)
+    program.say(
+        f"wrote {out}, {made.size / 1e6:,.1f} MB; tell the clinics by telephone what follows"
+    )
+    program.say(f"SHA-256 of the file   {made.sha256}")
+    program.say(f"signed by             {signer.public.fingerprint}")
+
+
+@program.app.command()
+def check_bundle(
+    file: Annotated[Path, typer.Argument(help="the tar file that `fedpeft bundle` wrote")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="of the key that must have signed it, as heard by telephone")
+    ] = None,
+) -> None:
+    """Check a bundle before it is unpacked: that it is whole, and who signed it.
+
+    Reads FILE; writes and sends nothing.
+    """
+    from fedpeft.bundle import check_bundle as check
+
+    found = check(file, signer=fingerprint)
+    program.say(
+        f"{file} is whole: release {found.release}, {found.files} files, base model "
+        f"{found.model_fingerprint}, signed by {found.signer}"
+    )
+    if fingerprint is None:
+        program.say("compare the signer with the central site's by telephone before you install it")
+
+
+@program.app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="directory of the results")] = Path("runs/demo"),
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from fedpeft.argument_help import ExplainedGroup
 from fedpeft.errors import INTERRUPTED_EXIT_CODE, FedpeftError, KeyLocked
 
 DEBUG = "FEDPEFT_DEBUG"
@@ -34,18 +35,24 @@ class Program:
     def __init__(self, name: str, purpose: str) -> None:
         self.name = name
         self.app = typer.Typer(
+            cls=ExplainedGroup,
             callback=self._options(),
             name=name,
             help=purpose,
             no_args_is_help=True,
-            add_completion=False,
+            add_completion=True,
             pretty_exceptions_enable=False,
             rich_markup_mode="rich",
         )
 
     def _options(self) -> Callable[..., None]:
         """Return the options that stand before a command."""
-        told = typer.Option("--version", is_eager=True, callback=self._tell_version)
+        told = typer.Option(
+            "--version",
+            is_eager=True,
+            callback=self._tell_version,
+            help="print the release, and end",
+        )
 
         def options(version: Annotated[bool, told] = False) -> None:
             """Typer reads the signature; the work is done in the option's callback."""

@@ -4,7 +4,9 @@
     ├── ConfigError                 3   bad-config
     ├── DataError                   4   bad-data
     ├── ModelError                  5   bad-model
-    │   └── FingerprintMismatch     5   other-base-model
+    │   ├── FingerprintMismatch     5   other-base-model
+    │   ├── NotConvertible          5   not-convertible
+    │   └── ExportDiffers           5   export-differs
     ├── AdapterError                6   bad-adapter
     │   ├── SchemaMismatch          6   wrong-adapter-schema
     │   └── AdapterNotHeld          6   adapter-not-held
@@ -20,7 +22,17 @@
     ├── StorageError               11   storage-failed
     ├── PolicyRefused              12   refused-by-clinic
     │   ├── SecAggRequired         12   secagg-required
-    │   └── BudgetSpent            12   budget
+    │   ├── BudgetSpent            12   budget
+    │   ├── SignerNotAllowed       12   signer-not-allowed
+    │   ├── BaseNotAllowed         12   base-not-allowed
+    │   ├── MethodNotAllowed       12   method-not-allowed
+    │   ├── OutsideHours           12   outside-hours
+    │   ├── RankLimit              12   rank-limit
+    │   ├── StepsLimit             12   steps-limit
+    │   ├── SizeLimit              12   size-limit
+    │   ├── MemoryLimit            12   memory-limit
+    │   ├── TrafficLimit           12   traffic-limit
+    │   └── DiskLimit              12   disk-limit
     ├── FlowerPinError             13   wrong-flower-version
     ├── SealingError               14   bad-seal
     │   ├── WrongSignature         14   wrong-signature
@@ -37,10 +49,17 @@
     │   ├── AlreadyAggregated      15   already-aggregated
     │   ├── BadVector              15   bad-vector
     │   └── BadShare               15   bad-share
-    └── PrivacyError               16   privacy-refused
-        ├── NotSeparable           16   not-separable
-        ├── LedgerDamaged          16   ledger-damaged
-        └── ReleaseRefused         16   release-refused
+    ├── PrivacyError               16   privacy-refused
+    │   ├── NotSeparable           16   not-separable
+    │   ├── LedgerDamaged          16   ledger-damaged
+    │   └── ReleaseRefused         16   release-refused
+    ├── InferenceError             17   inference-failed
+    │   ├── UnknownAdapter         17   unknown-adapter
+    │   ├── PromptTooLong          17   prompt-too-long
+    │   └── BadRequest             17   bad-request
+    └── EvidenceError              18   bad-evidence
+        ├── AuditLogDamaged        18   audit-log-damaged
+        └── LineageRefused         18   wrong-lineage
 
 Exit code 2 is a wrong command line, 130 a stop by Ctrl-C. Codes are never
 reused. The *message* is one sentence for the person at this machine: what was
@@ -86,6 +105,18 @@ class FingerprintMismatch(ModelError):
     """The base model here is not the one that the federation fine-tunes."""
 
     reason = "other-base-model"
+
+
+class NotConvertible(ModelError):
+    """A base model or adapter is sound, but cannot be written as GGUF; transformers can run it."""
+
+    reason = "not-convertible"
+
+
+class ExportDiffers(ModelError):
+    """What was exported does not compute what the adapted model computes."""
+
+    reason = "export-differs"
 
 
 class AdapterError(FedpeftError):
@@ -196,6 +227,66 @@ class BudgetSpent(PolicyRefused):
     """The clinic's own bound on privacy loss would be passed, or cannot be kept."""
 
     reason = "budget"
+
+
+class SignerNotAllowed(PolicyRefused):
+    """The order comes from an identity that the clinic's people did not list."""
+
+    reason = "signer-not-allowed"
+
+
+class BaseNotAllowed(PolicyRefused):
+    """The job is for a base model that the clinic's people did not agree to."""
+
+    reason = "base-not-allowed"
+
+
+class MethodNotAllowed(PolicyRefused):
+    """The job trains an adapter in a way that the clinic's people did not agree to."""
+
+    reason = "method-not-allowed"
+
+
+class OutsideHours(PolicyRefused):
+    """This box does not train at this time of day or week."""
+
+    reason = "outside-hours"
+
+
+class RankLimit(PolicyRefused):
+    """The job's adapter has a higher rank than this box trains."""
+
+    reason = "rank-limit"
+
+
+class StepsLimit(PolicyRefused):
+    """The job has more optimiser steps in a round than this box makes."""
+
+    reason = "steps-limit"
+
+
+class SizeLimit(PolicyRefused):
+    """A message of the server is larger than this box takes in."""
+
+    reason = "size-limit"
+
+
+class MemoryLimit(PolicyRefused):
+    """The job needs more memory than this box gives to it."""
+
+    reason = "memory-limit"
+
+
+class TrafficLimit(PolicyRefused):
+    """What this box may send and receive on one day is used up."""
+
+    reason = "traffic-limit"
+
+
+class DiskLimit(PolicyRefused):
+    """Less of the disk is free than this box keeps free."""
+
+    reason = "disk-limit"
 
 
 class SealingError(FedpeftError):
@@ -315,18 +406,69 @@ class ReleaseRefused(PrivacyError):
     reason = "release-refused"
 
 
+class InferenceError(FedpeftError):
+    """The engine that answers questions cannot start or cannot go on."""
+
+    exit_code = 17
+    reason = "inference-failed"
+
+
+class UnknownAdapter(InferenceError):
+    """An answer is asked of an adapter that this box does not have or cannot use."""
+
+    reason = "unknown-adapter"
+
+
+class PromptTooLong(InferenceError):
+    """A prompt leaves no room for an answer in the context."""
+
+    reason = "prompt-too-long"
+
+
+class BadRequest(InferenceError):
+    """A request for an answer has a value that cannot be used."""
+
+    reason = "bad-request"
+
+
+class EvidenceError(FedpeftError):
+    """What should prove what happened cannot be trusted."""
+
+    exit_code = 18
+    reason = "bad-evidence"
+
+
+class AuditLogDamaged(EvidenceError):
+    """An entry of the audit log was changed, removed or put in another place."""
+
+    reason = "audit-log-damaged"
+
+
+class LineageRefused(EvidenceError):
+    """An adapter is not what its signed lineage says, or its lineage is forged or missing."""
+
+    reason = "wrong-lineage"
+
+
 LASTING_REASONS = frozenset(
     error.reason
     for error in (
+        AuditLogDamaged,
+        BaseNotAllowed,
         BudgetSpent,
         ConfigError,
         DataError,
         FingerprintMismatch,
         LedgerDamaged,
+        MethodNotAllowed,
         NotSeparable,
         PolicyRefused,
         PrivacyError,
+        RankLimit,
         SecAggRequired,
+        SignerNotAllowed,
+        SizeLimit,
+        StepsLimit,
     )
 )
 """Reasons for which a clinic will refuse the same job again, until a person changes something."""

@@ -12,7 +12,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.adapters import to_bytes
-from fedpeft.errors import AdapterNotHeld, ConfigError, FedpeftError, SecAggRequired
+from fedpeft.errors import AdapterNotHeld, ConfigError, FedpeftError, PolicyRefused
 from fedpeft.protocol import (
     EVALUATE,
     JOB,
@@ -23,20 +23,27 @@ from fedpeft.protocol import (
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
+    VERDICT,
     Job,
     Payload,
     Value,
 )
+from fedpeft.protocol.lineage import LINEAGE
+from fedpeft.protocol.lineage_check import arrived
 from fedpeft.protocol.privacy import PRIVACY
 from fedpeft.protocol.sums import model_digest
 from fedpeft.secagg import STAGES
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.learning import Trained
 from fedpeft_client.mailbox import Mailbox, Request
+from fedpeft_client.memory import bounded_memory, require_memory
 from fedpeft_client.peers import PeerBook
+from fedpeft_client.policy import Now, require_allowed
 from fedpeft_client.shelf import Shelf
 from fedpeft_client.summing import SecureSums
+from fedpeft_client.trail import Trail
 from fedpeft_client.work import Assignment, ClinicWork, Measured
+from fedpeft_client.working_hours import local_now
 
 _LOG = logging.getLogger(__name__)
 ERROR_CODE = 2
@@ -46,7 +53,15 @@ Seen = Callable[[Clinic, Job], None]
 """Told of every job that a clinic accepts, before it is done."""
 
 
+Refused = Callable[[PolicyRefused], None]
+"""Told of every order that a rule of the clinic forbade."""
+
+
 def _unseen(_clinic: Clinic, _job: Job) -> None:
+    return
+
+
+def _unheard(_error: PolicyRefused) -> None:
     return
 
 
@@ -62,11 +77,17 @@ class ClinicDesk:
         work: ClinicWork,
         *,
         seen: Seen = _unseen,
+        refused: Refused = _unheard,
         tell: Callable[[str], None] | None = None,
+        now: Now = local_now,
+        trail: Trail = Trail(),  # noqa: B008  (it keeps nothing)
     ) -> None:
         self._find_clinic = find_clinic
         self._work = work
         self._seen = seen
+        self._refused = refused
+        self._now = now
+        self._trail = trail
         self._tell = tell
         self._mailbox = Mailbox()
         self._shelf = Shelf()
@@ -78,7 +99,7 @@ class ClinicDesk:
         """Return the handler of ``train`` or ``evaluate``: the server opens the answer."""
 
         def answer(clinic: Clinic, request: Request) -> Payload:
-            assignment = self._assignment(clinic, request, "sealed")
+            assignment = self._assignment(kind, clinic, request, "sealed")
             return _reported(clinic, self._do(kind, clinic, request, assignment))
 
         return self._handler(answer)
@@ -87,7 +108,7 @@ class ClinicDesk:
         """Return the handler of one stage of a secure sum, such as ``train.masked``."""
 
         def begin(clinic: Clinic, request: Request) -> Payload:
-            assignment = self._assignment(clinic, request, "secagg")
+            assignment = self._assignment(kind, clinic, request, "secagg")
             self._sums.require_new(clinic, request.context, kind)
             # What is left of an attempt before is void, and need not stay in memory.
             self._sums.forget(clinic.name)
@@ -103,7 +124,11 @@ class ClinicDesk:
 
         def go_on(clinic: Clinic, request: Request) -> Payload:
             data = request.payload.blob
-            return Payload(blob=self._sums.go_on(clinic, request.context, stage, data))
+            answer = self._sums.go_on(clinic, request.context, stage, data)
+            if (kind, stage) == (TRAIN, STAGES[-1]):
+                # Two sums with the same noise, over other clinics, would show single updates.
+                self._work.forget(clinic)
+            return Payload(blob=answer)
 
         return self._handler(begin if stage == STAGES[0] else go_on)
 
@@ -115,31 +140,35 @@ class ClinicDesk:
                 return self._mailbox.answer(clinic, request, answer(clinic, request))
             except AdapterNotHeld as error:
                 _LOG.info("%s: %s", clinic.name, error)  # as after every start
+                self._trail.refused(message, error)
                 return Message(Error(ERROR_CODE, error.reason), reply_to=message)
             except FedpeftError as error:
                 _LOG.error("%s: %s", clinic.name, error)
+                self._trail.refused(message, error)
+                if isinstance(error, PolicyRefused):
+                    self._refused(error)
                 return Message(Error(ERROR_CODE, error.reason), reply_to=message)
 
         return handle
 
-    def _assignment(self, clinic: Clinic, request: Request, confidentiality: str) -> Assignment:
-        """Read the job, and refuse one that is less confidential than this clinic demands."""
+    def _assignment(
+        self, kind: str, clinic: Clinic, request: Request, confidentiality: str
+    ) -> Assignment:
+        """Read the job, and refuse one that this clinic's policy does not allow."""
         context = request.context
         job = Job.from_json(request.payload.text(JOB, source="the server"))
-        if job.aggregation.confidentiality == "sealed" and clinic.aggregation.require_secagg:
-            raise SecAggRequired(
-                "the server wants to open this clinic's update by itself, and require_secagg = "
-                "true in client.toml forbids it: nothing was trained; set it to false only if this "
-                "clinic agrees, or ask the central site for secure aggregation"
-            )
+        require_allowed(clinic, job, kind, self._now())
         if (job.aggregation.confidentiality, job.round) != (confidentiality, context.round):
             raise ConfigError(
                 "the server's job is not what its message was sealed as: nothing was trained; "
                 "install the same fedpeft release on both sides"
             )
+        self._trail.accepted(request.message, context)
         self._seen(clinic, job)
         held = self._shelf.take(clinic, request)
-        return Assignment(job, held, context.schema, context.run)
+        lineage = request.payload.fields.get(LINEAGE)
+        signed = arrived(str(lineage), clinic.membership.server, job) if lineage else None
+        return Assignment(job, held, context.schema, context.run, signed)
 
     def _do(
         self, kind: str, clinic: Clinic, request: Request, assignment: Assignment
@@ -150,11 +179,17 @@ class ClinicDesk:
         """
         if kind != TRAIN:
             self._paid.pop(clinic.name, None)
-            return self._work.evaluate(clinic, assignment)
+            self._work.forget(clinic)
+            require_memory(clinic, assignment.job, kind)
+            with bounded_memory(clinic.limits.max_memory_mb):
+                return self._work.evaluate(clinic, assignment)
         asked = (request.context.run, model_digest(assignment.job, assignment.held.to_bytes()))
         paid, trained = self._paid.get(clinic.name, (None, None))
         if trained is None or paid != asked:
-            trained = self._work.train(clinic, assignment)
+            require_memory(clinic, assignment.job, kind)
+            with bounded_memory(clinic.limits.max_memory_mb):
+                trained = self._work.train(clinic, assignment)
+            self._trail.charged(request.context, assignment.job, trained)
             if trained.privacy is not None:
                 self._paid[clinic.name] = asked, trained
         return trained
@@ -182,6 +217,8 @@ def _reported(clinic: Clinic, outcome: Trained | Measured) -> Payload:
             TRAIN_TOKENS: outcome.tokens,
         }
         return Payload({**fields, **told}, to_bytes(outcome.update, "update"))
+    if outcome.accepted is not None:
+        told[VERDICT] = int(outcome.accepted)
     return Payload({VALID_NLL: outcome.nll, VALID_TOKENS: outcome.tokens, **told})
 
 

@@ -7,7 +7,12 @@ identity.key    the private identity, mode 600, encrypted if ``[keys]`` says so
 server.identity the server's public identity, pinned when the box joined
 peers.json      the keys of other clinics, as this box has seen them
 status.json     what the client last took part in
-adapter/        the last adapter that the server sent (stock PEFT)
+checkpoints/    the round that is under way, encrypted; empty between rounds
+refusal.json    the last order that a rule of client.toml forbade
+traffic.json    the bytes of the present day, where client.toml limits them
+adapters/       the adapters that the server sent, and which one of them is in use
+adapter         a link to the one in use (stock PEFT)
+audit/          the audit log: what this box did, in lines that show when they were changed
 
 The privacy ledger lies beside this directory, so that joining anew in another one goes
 on with it: fedpeft-ledger.sqlite, and fedpeft-ledger.sqlite.head, its last row.
@@ -23,11 +28,18 @@ from fedpeft.errors import EnrolmentError, SealingError
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import load_identity, protection_from
 from fedpeft.sealing.public_file import load_public_identity
+from fedpeft.sealing.words import federation_words
+from fedpeft_client.adapter_store import AdapterStore
 from fedpeft_client.clinic import CONFIG_FILE, Clinic, Membership, clinic_of
 from fedpeft_client.enrolment import CA_FILE, IDENTITY_FILE, KEY_FILE, SERVER_IDENTITY_FILE
+from fedpeft_client.fleet import read_ca
 from fedpeft_client.peers import PeerBook
+from fedpeft_client.refusals import RefusalFile
 from fedpeft_client.settings import ClientSettings
 from fedpeft_client.status import StatusFile
+from fedpeft_client.traffic import TrafficMeter
+
+AUDIT_FOLDER = "audit"
 
 if TYPE_CHECKING:
     from fedpeft.privacy.law import Law
@@ -72,6 +84,16 @@ class Box:
                 "backup, or ask for a new invitation and join in another directory"
             ) from error
 
+    def words(self) -> str:
+        """Return the words by which people recognise the federation.
+
+        Raises:
+            EnrolmentError, StorageError, SealingError: a file of the box is damaged.
+        """
+        return federation_words(
+            self.settings.server.federation, read_ca(self.ca), self.server_identity
+        )
+
     @property
     def peers_path(self) -> Path:
         """Where the other clinics that this box has seen are kept."""
@@ -87,6 +109,35 @@ class Box:
     def status(self) -> StatusFile:
         """What the running client last took part in."""
         return StatusFile(self.directory / "status.json")
+
+    @property
+    def adapter_store(self) -> AdapterStore:
+        """The versions of the adapter that came, and which one of them is in use."""
+        return AdapterStore(self.directory / "adapters", self.settings.adapters)
+
+    @property
+    def refusals(self) -> RefusalFile:
+        """The last order that a rule of this clinic forbade."""
+        return RefusalFile(self.directory / "refusal.json")
+
+    @property
+    def traffic_path(self) -> Path:
+        """How many bytes passed today, where there is a limit."""
+        return self.directory / "traffic.json"
+
+    def traffic(self) -> TrafficMeter | None:
+        """Return the counter of today's bytes, if ``client.toml`` limits them.
+
+        Raises:
+            StorageError: its file is damaged.
+        """
+        limit = self.settings.limits.max_mb_per_day
+        return None if limit is None else TrafficMeter(self.traffic_path, limit << 20)
+
+    @property
+    def audit(self) -> Path:
+        """The audit log."""
+        return self.directory / AUDIT_FOLDER
 
     @property
     def ledger_path(self) -> Path:

@@ -8,13 +8,25 @@ from dataclasses import dataclass
 import psutil
 
 from fedpeft.data import read_records
-from fedpeft.errors import FedpeftError, LedgerDamaged, ModelError, StorageError
+from fedpeft.errors import (
+    BaseNotAllowed,
+    EnrolmentError,
+    FedpeftError,
+    LedgerDamaged,
+    MemoryLimit,
+    ModelError,
+    SignerNotAllowed,
+    StorageError,
+)
 from fedpeft.models import context_length, fingerprint, require_complete, require_fingerprint
 from fedpeft.models.source import weight_files
 from fedpeft_client.box import Box
+from fedpeft_client.clinic import allowed_bases
 from fedpeft_client.fleet import load_key
+from fedpeft_client.key_life import expiry_warnings, keys_expire, renewal_in_progress
 from fedpeft_client.peers import key_fingerprint
 from fedpeft_client.reachability import probe
+from fedpeft_client.working_hours import is_open, local_now, next_opening
 
 _MIB = 1 << 20
 
@@ -31,12 +43,13 @@ class Finding:
 def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
     """Yield a finding for each question about this box, as they become known.
 
-    The questions: key, identity, model, data, ledger, disk, memory and server. ``ask`` returns
-    the identity's passphrase, where it has one.
+    The questions: key, identity, policy, model, data, ledger, disk, memory and server. ``ask``
+    returns the identity's passphrase, where it has one.
     """
     questions: dict[str, Callable[[Box], str]] = {
         "key": _key,
         "identity": lambda box: _identity(box, ask),
+        "policy": _policy,
         "model": _model,
         "data": _data,
         "ledger": _ledger,
@@ -53,7 +66,15 @@ def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
 
 def _key(box: Box) -> str:
     load_key(box.key)
-    return f"{box.key} is private"
+    waiting = renewal_in_progress(box.key)
+    if waiting.exists():
+        raise EnrolmentError(
+            f"{waiting} is of a renewal that broke off: run fedpeft-client rotate once more"
+        )
+    expires = keys_expire(box.directory)
+    until = "" if expires is None else f", good until {expires:%Y-%m-%d}"
+    warnings = "".join(f"; WARNING: {each}" for each in expiry_warnings(box.directory, box.ca))
+    return f"{box.key} is private{until}{warnings}"
 
 
 def _identity(box: Box, ask: Callable[[], str]) -> str:
@@ -63,6 +84,31 @@ def _identity(box: Box, ask: Callable[[], str]) -> str:
         f"fingerprint {own.fingerprint}; other clinics see the key "
         f"{key_fingerprint(own.signing_bytes)}; the server's fingerprint is {server.fingerprint}"
     )
+
+
+def _policy(box: Box) -> str:
+    """Say whether the rules let this box be ordered at all, and what of them holds now."""
+    policy, server = box.settings.policy, box.server_identity.fingerprint
+    if policy.signers is not None and server not in policy.signers:
+        raise SignerNotAllowed(
+            f"policy.signers in client.toml does not list the server that this box joined "
+            f"({server}): its orders will be refused; compare the fingerprint by telephone and "
+            "add it, or join the right federation"
+        )
+    bases = allowed_bases(box.settings)
+    if bases is not None and (own := fingerprint(box.model)) not in bases:
+        raise BaseNotAllowed(
+            f"policy.base_models in client.toml does not list the base model of this box ({own}): "
+            "all jobs will be refused; correct model.directory or that list"
+        )
+    now, hours = local_now(), "at any time"
+    if policy.hours is not None:
+        opening = f"again from {next_opening(policy.hours, now):%a %H:%M}"
+        hours = "now" if is_open(policy.hours, now) else opening
+    traffic = box.traffic()
+    left = None if traffic is None else traffic.left()
+    rest = "" if left is None else f"; {left // _MIB} MiB may still pass today"
+    return f"training may run {hours}{rest}"
 
 
 def _model(box: Box) -> str:
@@ -131,7 +177,14 @@ def _memory(box: Box) -> str:
             f"{available} MiB of memory are available and the base model needs at least {least}; "
             "close other programs or use a smaller base model"
         )
-    return f"{available} MiB available"
+    limit = box.settings.limits.max_memory_mb
+    if limit is not None and limit < least:
+        raise MemoryLimit(
+            f"limits.max_memory_mb = {limit} in client.toml and the base model needs at least "
+            f"{least} MiB; raise the limit or use a smaller base model"
+        )
+    allowed = "" if limit is None else f", of which the client takes at most {limit}"
+    return f"{available} MiB available{allowed}"
 
 
 def _server(box: Box) -> str:

@@ -16,8 +16,10 @@ import typer
 from typer.core import TyperGroup
 
 from fedpeft.console import ask_passphrase
-from fedpeft.errors import ConfigError, FedpeftError, LedgerDamaged
+from fedpeft.errors import ConfigError, EnrolmentError, FedpeftError, LedgerDamaged
 from fedpeft.storage import write_atomically
+from fedpeft.watchdog import supervised
+from fedpeft_client.commands import adapters, audit_log, chat, export, keys, serve
 from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
@@ -40,16 +42,21 @@ def join(
     key_file: Annotated[
         Path | None, typer.Option(help="encrypt the identity with the content of this file")
     ] = None,
+    words: Annotated[
+        str | None, typer.Option(help="the federation's words, as the central site read them out")
+    ] = None,
 ) -> None:
     """Enrol this box with an invitation file.
 
-    Reads the invitation, model and data paths, and the key file if there is one;
-    writes DIR (key.pem, identity.key, server.identity, ca.pem, client.toml); sends
-    a public key, a public identity, a signature and the one-time token to the
-    server that the invitation names, and nothing else.
+    Reads the invitation, model and data paths, and the key file if there is one; shows
+    the federation's words, and with --words stops before anything is sent if they are
+    others; writes DIR (key.pem, identity.key, server.identity, ca.pem, client.toml); sends
+    a public key, a public identity, a signature and the one-time token to the server that
+    the invitation names, and nothing else.
     """
     from fedpeft.config import KeySettings, parse_settings
     from fedpeft.sealing.keyfile import protection_from
+    from fedpeft.sealing.words import same_words
     from fedpeft_client.clinic import CONFIG_FILE
     from fedpeft_client.enrolment import IDENTITY_FILE, read_invitation
     from fedpeft_client.enrolment import join as enrol
@@ -60,8 +67,15 @@ def join(
         ServerSettings,
         settings_toml,
     )
+    from fedpeft_client.trail import joining
 
     invited = read_invitation(invitation)
+    program.say(f"the federation's words are: {invited.words()}")
+    if words is not None and not same_words(words, invited.words()):
+        raise EnrolmentError(
+            f"the words of the invitation {invitation} are not those of --words, so it may have "
+            "been exchanged on its way: nothing was sent; call the central site"
+        )
     for path in (train, valid):
         if path is not None and not path.is_file():
             raise ConfigError(f"the data file {path} does not exist; name one that does")
@@ -73,7 +87,9 @@ def join(
     keys = parse_settings(KeySettings, chosen, [], where="the command line")
     # After an interrupted attempt the identity is there, and its passphrase is not new.
     ask = partial(ask_passphrase, confirm=not (directory / IDENTITY_FILE).exists())
-    enrolment = enrol(invitation, directory, protection_from(keys, Path(), ask))
+    protection = protection_from(keys, Path(), ask)
+    with joining(directory, invited.clinic):
+        enrolment = enrol(invitation, directory, protection)
     settings = ClientSettings(
         clinic=enrolment.clinic,
         server=ServerSettings(address=enrolment.server, federation=enrolment.federation),
@@ -116,7 +132,8 @@ def peers(
 ) -> None:
     """List the other clinics that this box has seen, a line each: name and key fingerprint.
 
-    Reads DIR; with --forget, takes that clinic out of DIR/peers.json; sends nothing.
+    Reads DIR; writes nothing, but with --forget takes that clinic out of DIR/peers.json;
+    sends nothing.
     """
     from fedpeft_client.box import open_box
 
@@ -164,7 +181,7 @@ def show(
 ) -> None:
     """Say what was spent, what is left, per job, and what one more round would cost.
 
-    Reads DIR and the ledger; sends nothing.
+    Reads DIR and the ledger; writes and sends nothing.
     """
     from fedpeft.privacy.ledger import ledger_exists
     from fedpeft_client.box import open_box
@@ -187,7 +204,7 @@ def show(
 def verify(directory: BoxDirectory = Path()) -> None:
     """Look for edited, missing or reordered rows in the ledger; exit with 16 if there are any.
 
-    Reads DIR and the ledger; sends nothing.
+    Reads DIR and the ledger; writes and sends nothing.
     """
     from fedpeft.privacy.ledger import ledger_exists
     from fedpeft_client.box import open_box
@@ -221,41 +238,64 @@ def _intact_ledger(path: Path) -> "Generator[Ledger]":
 def start(directory: BoxDirectory = Path()) -> None:
     """Take part until stopped with Ctrl-C: wait for the server's rounds and train in them.
 
-    Reads the records and the base model; writes DIR/adapter, DIR/status.json,
-    DIR/peers.json and the privacy ledger; sends the adapter's change, summed losses,
-    token counts and the number of training rows: masked, so that the server learns only
-    sums over clinics, unless DIR/client.toml allows that it opens them
-    (require_secagg = false). Of a job with noise no loss is sent, but what it cost.
+    Reads the records and the base model; writes DIR/adapters, DIR/status.json,
+    DIR/refusal.json, DIR/traffic.json, DIR/peers.json, DIR/checkpoints, the privacy ledger
+    and, before anything leaves, DIR/audit; sends the adapter's change, summed losses, token counts
+    and the number of training rows: masked, so that the server learns only sums over
+    clinics, unless DIR/client.toml allows that it opens them (require_secagg = false). Of
+    a job with noise no loss is sent, but what it cost. What the rules of DIR/client.toml
+    forbid is refused by the rule's name.
     """
-    import torch
-
     from fedpeft_client.app import ClinicDesk, build_client_app
     from fedpeft_client.box import open_box
-    from fedpeft_client.connection import ConnectionSettings, serve
+    from fedpeft_client.connection import ConnectionSettings, Event, serve
+    from fedpeft_client.key_life import expiry_warnings
+    from fedpeft_client.live_clinic import LiveClinic
     from fedpeft_client.narration import narrate_events, narrate_steps
+    from fedpeft_client.processors import bound_processors
+    from fedpeft_client.trail import BoxTrail, unlocking
     from fedpeft_client.work import ClinicWork
 
     box = open_box(directory)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
     if box.settings.limits.threads is not None:
-        torch.set_num_threads(box.settings.limits.threads)
+        bound_processors(box.settings.limits.threads)
     stop = threading.Event()
     _stop_on_signals(stop)
-    clinic = box.clinic(box.load_identity(partial(ask_passphrase, confirm=False)))
+    with unlocking(box.audit):
+        clinic = LiveClinic(box, box.load_identity(partial(ask_passphrase, confirm=False)))
+    for warning in expiry_warnings(box.directory, box.ca):
+        program.say(f"warning: {warning}")
+    trail = BoxTrail.open(box.audit, clinic.present, program.say)
     desk = ClinicDesk(
-        lambda _context: clinic,
+        lambda _context: clinic.present,
         ClinicWork(narrate_steps(program.say), program.say),
         seen=box.status.saw,
+        refused=lambda error: box.refusals.note(error.reason, str(error)),
         tell=program.say,
+        trail=trail,
     )
     settings = ConnectionSettings(
         server=box.settings.server.address,
         key=box.key,
         ca=box.ca,
         max_payload_bytes=box.settings.limits.max_message_mb << 20,
+        traffic=box.traffic(),
     )
-    serve(build_client_app(desk), settings, stop=stop, on_event=narrate_events(program.say))
+    narrate = narrate_events(program.say)
+
+    def listen(event: Event) -> None:
+        narrate(event)
+        if event.rule:
+            box.refusals.note(event.rule, event.detail)
+        clinic.heard(event)
+        if event.kind in ("connected", "disconnected"):
+            trail.connection(event.kind)
+
+    app = build_client_app(desk)
+    with supervised(), trail.session():
+        serve(app, settings, stop=stop, on_event=listen, trail=trail)
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
@@ -269,6 +309,10 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
+
+
+for topic in (adapters, chat, serve, export, audit_log, keys):
+    program.app.add_typer(topic.app)
 
 
 def run() -> None:

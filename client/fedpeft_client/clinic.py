@@ -9,11 +9,15 @@ from pathlib import Path
 from fedpeft.config import ComputeDtype
 from fedpeft.sealing import Identity, PublicIdentity
 from fedpeft_client.settings import (
+    AcceptanceSettings,
     BudgetSettings,
+    CheckpointSettings,
     ClientSettings,
     ConfidentialitySettings,
     DataSettings,
     LimitSettings,
+    PolicySettings,
+    StoreSettings,
 )
 
 CONFIG_FILE = "client.toml"
@@ -33,9 +37,11 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Clinic:
-    """One clinic; ``adapter_directory`` is where received adapters are kept.
+    """One clinic; a box judges received adapters and keeps them in ``store_directory``.
 
+    ``adapter_directory`` is where a simulation writes the last one, whatever it is like.
     ``personal_directory`` is for what it trains and never sends; None: kept in memory.
+    ``checkpoint_directory`` is for rounds that were stopped; None: they begin anew.
     ``ledger`` is the file in which every use of the records is charged. ``test_seed``
     makes samples and noise of a simulation repeat; a box never has one.
     """
@@ -48,11 +54,23 @@ class Clinic:
     ledger: Path
     dtype: ComputeDtype = "auto"
     limits: LimitSettings = field(default_factory=LimitSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     aggregation: ConfidentialitySettings = field(default_factory=ConfidentialitySettings)
     privacy: BudgetSettings = field(default_factory=BudgetSettings)
+    acceptance: AcceptanceSettings = field(default_factory=AcceptanceSettings)
+    adapters: StoreSettings = field(default_factory=StoreSettings)
+    store_directory: Path | None = None
     adapter_directory: Path | None = None
     personal_directory: Path | None = None
+    checkpoint_directory: Path | None = None
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
     test_seed: int | None = None
+
+
+def allowed_bases(settings: ClientSettings) -> tuple[str, ...] | None:
+    """Return the fingerprints of the base models that a box may train on; None: any."""
+    own = settings.model.fingerprint
+    return settings.policy.base_models or (None if own is None else (own,))
 
 
 def clinic_of(settings: ClientSettings, directory: Path, membership: Membership) -> Clinic:
@@ -71,9 +89,14 @@ def clinic_of(settings: ClientSettings, directory: Path, membership: Membership)
         data=data,
         dtype=settings.model.dtype,
         limits=settings.limits,
+        policy=settings.policy.model_copy(update={"base_models": allowed_bases(settings)}),
         aggregation=settings.aggregation,
         privacy=settings.privacy,
         ledger=(directory / settings.privacy.ledger).resolve(),
-        adapter_directory=directory / "adapter",
+        acceptance=settings.acceptance,
+        adapters=settings.adapters,
+        store_directory=directory / "adapters",
         personal_directory=directory / "personal",
+        checkpoint_directory=directory / "checkpoints",
+        checkpoints=settings.checkpoints,
     )

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,12 +25,16 @@ from fedpeft.protocol import MESSAGE_TYPES
 from fedpeft_client.answering import Application, answer, refusal
 from fedpeft_client.fleet import Clock, FleetClient, load_key, open_http, read_ca
 from fedpeft_client.session import MessageLost, RunEnded, Session, Stopped
+from fedpeft_client.traffic import TrafficMeter
+from fedpeft_client.trail import Trail
 
 log: Final = logging.getLogger(__name__)
 
 # Soon after a message the next one is likely; a waiting clinic asks less often.
 _BUSY_S: Final = 60.0
 _LOST_PAUSE_S: Final = 1.0
+# With the day's bytes used up, asking has only to find out that the day is over.
+_SPENT_S: Final = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class ConnectionSettings:
     """How this clinic connects and what it lets the server ask.
 
     ``server`` is ``host:port``; ``key`` and ``ca`` are the files that joining
-    made. ``node_config`` is handed to the app as its context's node_config.
+    made. ``node_config`` is handed to the app as its context's node_config. ``traffic``
+    counts what passes against a daily limit, and is closed at the end.
     """
 
     server: str
@@ -46,6 +51,7 @@ class ConnectionSettings:
     ca: Path
     message_types: frozenset[str] = MESSAGE_TYPES
     max_payload_bytes: int = 1 << 30
+    traffic: TrafficMeter | None = None
     poll_s: float = 0.2
     idle_poll_s: float = 1.0
     node_config: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -69,11 +75,13 @@ class Event:
     """Something that happened, for a display or a log on this machine.
 
     ``detail`` is a sentence, or the reason that the server was told. Sizes are
-    payload bytes, ``seconds`` is the time spent on the answer.
+    payload bytes, ``seconds`` is the time spent on the answer. ``rule`` is the reason of a
+    refusal by this clinic's rules.
     """
 
     kind: EventKind
     detail: str = ""
+    rule: str = ""
     message_type: str = ""
     group: str = ""
     bytes_in: int = 0
@@ -92,6 +100,7 @@ def serve(
     stop: threading.Event,
     on_event: Callable[[Event], None] = _ignore,
     clock: Clock = time.time,
+    trail: Trail = Trail(),  # noqa: B008  (it keeps nothing)
 ) -> None:
     """Answer the server's messages with ``client_app`` until ``stop`` is set.
 
@@ -104,6 +113,8 @@ def serve(
         stop: set it, from a signal handler for example, to end.
         on_event: told what happens, in this thread; must not raise.
         clock: seconds since the epoch; replaced only by tests.
+        trail: told of every message before it is answered, and before its answer leaves; what
+            it raises ends this call, and nothing more is sent but a goodbye.
 
     Raises:
         FlowerPinError: another Flower version is installed.
@@ -116,12 +127,13 @@ def serve(
     require_pinned_flower()
     quiet_flower_log()
     key = load_key(settings.key)
-    with open_http(read_ca(settings.ca)) as http:
+    with open_http(read_ca(settings.ca), settings.traffic) as http:
         session = Session(
             FleetClient(settings.server, http, key, clock),
             http,
             settings.server,
             key,
+            key_file=settings.key,
             stop=stop,
             clock=clock,
             on_outage=lambda trouble: on_event(Event(kind="disconnected", detail=trouble)),
@@ -138,11 +150,13 @@ def serve(
             session.activate()
             on_event(Event(kind="connected"))
             with session.heartbeat():
-                _Worker(session, client_app, settings, stop, on_event).work()
+                _Worker(session, client_app, settings, stop, on_event, trail).work()
         except Stopped:
             pass
         finally:
             session.deactivate()
+            if settings.traffic is not None:
+                settings.traffic.close()
         on_event(Event(kind="stopped"))
 
 
@@ -156,8 +170,10 @@ class _Worker:
         settings: ConnectionSettings,
         stop: threading.Event,
         on_event: Callable[[Event], None],
+        trail: Trail,
     ) -> None:
         self._session = session
+        self._trail = trail
         self._app = app
         self._settings = settings
         self._stop = stop
@@ -180,33 +196,47 @@ class _Worker:
                 log.warning("%s", lost)
                 self._on_event(Event(kind="dropped", detail=str(lost)))
                 self._stop.wait(_LOST_PAUSE_S)
-            busy = time.monotonic() < busy_until
-            self._stop.wait(self._settings.poll_s if busy else self._settings.idle_poll_s)
+            self._stop.wait(self._pause(busy=time.monotonic() < busy_until))
+
+    def _pause(self, *, busy: bool) -> float:
+        traffic = self._settings.traffic
+        if traffic is not None and traffic.left() == 0:
+            return _SPENT_S
+        return self._settings.poll_s if busy else self._settings.idle_poll_s
 
     def _handle(self, head: Message, tree: ObjectTree) -> None:
         asked = head.metadata
         started = time.monotonic()
-        bytes_in = 0
+        bytes_in, rule = 0, ""
         try:
+            self._require_traffic(0)
             run = self._run_of(asked.run_id)
             self._check(run, asked)
             message, bytes_in = self._session.fetch(head, tree, self._settings.max_payload_bytes)
             self._check_same(message, asked)
-        except PolicyRefused as error:
-            log.warning("a message of the server was refused: %s", error)
-            reply, kind, detail = refusal(head, error.reason), "refused", str(error)
-        else:
+            # An answer is about as large as what it answers: better none than half a one.
+            self._require_traffic(bytes_in)
+            self._trail.received(message)
             self._on_event(_about("received", asked, bytes_in=bytes_in))
             started = time.monotonic()
             reply, reason = answer(self._app, message, self._context_of(run))
+            if reply.has_content():
+                self._require_traffic(_content_bytes(reply))
             kind, detail = ("failed", reason) if reason else ("answered", "")
+        except PolicyRefused as error:
+            log.warning("a message of the server was refused: %s", error)
+            self._trail.refused(head, error)
+            reply, kind, detail = refusal(head, error.reason), "refused", str(error)
+            rule = error.reason
         seconds = time.monotonic() - started
+        self._trail.leaving(reply)
         bytes_out = self._session.deliver(reply, seconds)
-        self._on_event(
-            _about(
-                kind, asked, detail=detail, bytes_in=bytes_in, bytes_out=bytes_out, seconds=seconds
-            )
-        )
+        about = _about(kind, asked, bytes_in=bytes_in, bytes_out=bytes_out, seconds=seconds)
+        self._on_event(replace(about, detail=detail, rule=rule))
+
+    def _require_traffic(self, size: int) -> None:
+        if self._settings.traffic is not None:
+            self._settings.traffic.require(size)
 
     def _check(self, run: Run, asked: Metadata) -> None:
         if run.fab_id != FAB_ID or run.primary_task_type != TaskType.SERVER_APP:
@@ -250,18 +280,22 @@ class _Worker:
         return self._context
 
 
+def _content_bytes(reply: Message) -> int:
+    """Return the size of what a reply carries."""
+    records = reply.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
 def _about(
     kind: EventKind,
     asked: Metadata,
     *,
-    detail: str = "",
     bytes_in: int = 0,
     bytes_out: int = 0,
     seconds: float = 0.0,
 ) -> Event:
     return Event(
         kind=kind,
-        detail=detail,
         message_type=asked.message_type,
         group=asked.group_id,
         bytes_in=bytes_in,

@@ -26,8 +26,10 @@ from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import Protection, load_identity, save_identity
 from fedpeft.sealing.possession import prove_possession
 from fedpeft.sealing.public_file import public_line
+from fedpeft.sealing.words import federation_words
 from fedpeft.storage import write_once
 from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url_of
+from fedpeft_client.key_life import keep_expiry
 
 KEY_FILE: Final = "key.pem"
 CA_FILE: Final = "ca.pem"
@@ -89,6 +91,14 @@ class Invitation:
     identity: PublicIdentity
     token: str
 
+    def words(self) -> str:
+        """Return the federation's words, to be compared with the central site's by telephone.
+
+        Raises:
+            EnrolmentError: the CA certificate is damaged.
+        """
+        return federation_words(self.federation, self.ca_pem, self.identity)
+
     def __repr__(self) -> str:
         return f"Invitation(clinic={self.clinic!r})"
 
@@ -96,8 +106,8 @@ class Invitation:
 def join(invitation_file: Path, directory: Path, protection: Protection) -> Enrolment:
     """Enrol this machine with an invitation.
 
-    Makes ``directory`` (mode 700) with ``key.pem`` and ``identity.key`` (mode 600)
-    and, once the server has accepted, ``server.identity`` and ``ca.pem``. After a
+    Makes ``directory`` (mode 700) with ``key.pem`` and ``identity.key`` (mode 600) and,
+    once the server has accepted, ``membership.json``, ``server.identity`` and ``ca.pem``. After a
     failure the keys stay and are used again by the next attempt, with the same or
     another invitation.
 
@@ -127,7 +137,9 @@ def join(invitation_file: Path, directory: Path, protection: Protection) -> Enro
     _require_same_server(pin_path, pin)
     key = _own_key(key_path)
     identity = _own_identity(directory / IDENTITY_FILE, protection)
-    _post(invitation, key, identity)
+    expires = _post(invitation, key, identity)
+    if expires is not None:
+        keep_expiry(directory, expires)
     try:
         if not pin_path.exists():
             write_once(pin_path, pin, mode=0o600)
@@ -218,8 +230,15 @@ def _unexpired(path: Path, fields: dict[str, Any]) -> Invitation:
 
 
 def _own_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    if path.exists():
-        return load_key(path)
+    return load_key(path) if path.exists() else new_key(path)
+
+
+def new_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Make a connection key (P-384) in a new file of mode 600, and its folder of mode 700.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     pem = key.private_bytes(
         serialization.Encoding.PEM,
@@ -257,7 +276,10 @@ def _require_same_server(path: Path, pin: bytes) -> None:
     )
 
 
-def _post(invitation: Invitation, key: ec.EllipticCurvePrivateKey, identity: Identity) -> None:
+def _post(
+    invitation: Invitation, key: ec.EllipticCurvePrivateKey, identity: Identity
+) -> datetime.datetime | None:
+    """Enrol, and return until when the keys are good; None: an older server does not say."""
     public_key = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -279,6 +301,12 @@ def _post(invitation: Invitation, key: ec.EllipticCurvePrivateKey, identity: Ide
             raise explain(error, invitation.server) from error
     if response.status_code != HTTPStatus.OK:
         raise _refusal(invitation.server, response)
+    try:
+        return datetime.datetime.fromisoformat(response.json()["keys_expire"])
+    except KeyError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise not_a_server(invitation.server) from error
 
 
 def _refusal(server: str, response: httpx.Response) -> FedpeftError:

@@ -32,14 +32,17 @@ from fedpeft.errors import (
     ConnectionFailed,
     EnrolmentError,
     FedpeftError,
-    PolicyRefused,
+    SizeLimit,
 )
+from fedpeft_client.traffic import TrafficMeter
 
 Clock = Callable[[], float]
 """Seconds since the epoch, as this machine believes them."""
 
 # An object comes in parts of 5 MB; nothing legitimate is near this.
 _MAX_RESPONSE_BYTES: Final = 64 << 20
+_SHORT_BYTES: Final = 64 << 10
+_HTTP_LINE: Final = "HTTP/1.1 200 \r\n"
 _TIMEOUT: Final = httpx.Timeout(60.0, connect=5.0)
 # The server's Date header has whole seconds, so a skew is known to about one.
 _DATE_RESOLUTION_S: Final = 1.0
@@ -129,17 +132,17 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def open_http(ca_pem: str) -> httpx.Client:
+def open_http(ca_pem: str, meter: TrafficMeter | None = None) -> httpx.Client:
     """Return an HTTPS client for this federation's server only.
 
     ``trust_env=False`` on client and transport keeps proxy, netrc and
-    certificate variables of the environment out of it.
+    certificate variables of the environment out of it. ``meter`` counts every byte.
 
     Raises:
         EnrolmentError: ``ca_pem`` is no certificate.
     """
     return httpx.Client(
-        transport=_BoundedTransport(verify=trust_only(ca_pem), trust_env=False),
+        transport=_BoundedTransport(trust_only(ca_pem), meter),
         trust_env=False,
         follow_redirects=False,
         timeout=_TIMEOUT,
@@ -147,23 +150,43 @@ def open_http(ca_pem: str) -> httpx.Client:
 
 
 class _BoundedTransport(httpx.HTTPTransport):
+    def __init__(self, tls: ssl.SSLContext, meter: TrafficMeter | None) -> None:
+        super().__init__(verify=tls, trust_env=False)
+        self._meter = meter
+
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if self._meter is not None:
+            body = int(request.headers.get("content-length", "0"))
+            head = len(request.method) + len(request.url.raw_path) + len(_HTTP_LINE)
+            self._meter.count(head + _size(request.headers) + body)
         response = super().handle_request(request)
+        if self._meter is not None:
+            self._meter.count(len(_HTTP_LINE) + _size(response.headers))
         if isinstance(response.stream, httpx.SyncByteStream):
-            response.stream = _BoundedStream(response.stream)
+            response.stream = _BoundedStream(response.stream, self._meter)
         return response
 
 
+def _size(headers: httpx.Headers) -> int:
+    return sum(len(name) + len(value) + len(": \r\n") for name, value in headers.raw) + 2
+
+
 class _BoundedStream(httpx.SyncByteStream):
-    def __init__(self, stream: httpx.SyncByteStream) -> None:
+    def __init__(self, stream: httpx.SyncByteStream, meter: TrafficMeter | None) -> None:
         self._stream = stream
+        self._meter = meter
 
     def __iter__(self) -> Iterator[bytes]:
         received = 0
         for part in self._stream:
             received += len(part)
+            if self._meter is not None:
+                self._meter.count(len(part))
+                # A short answer always passes: it is how a refusal gets to the server.
+                if received > _SHORT_BYTES and self._meter.left() == 0:
+                    raise self._meter.refusal()
             if received > _MAX_RESPONSE_BYTES:
-                raise PolicyRefused(
+                raise SizeLimit(
                     f"the server sent an answer above {_MAX_RESPONSE_BYTES} bytes, "
                     "which no fedpeft server does: tell the central site"
                 )
@@ -177,9 +200,12 @@ class _Signer:
     """Flower's signature of a call: the present time, signed by the clinic's key."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, clock: Clock) -> None:
+        self._clock = clock
+        self.take(key)
+
+    def take(self, key: ec.EllipticCurvePrivateKey) -> None:
         self._key = key
         self._public = base64.b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
-        self._clock = clock
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         moment = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC).isoformat()
@@ -201,12 +227,17 @@ class FleetClient(FleetHttpClient):
         # Flower's own __init__ is left out, as it builds an HTTP client that
         # obeys proxy variables, and a retry loop that kills the process.
         self._base_url = url_of(server)
+        self._signer = _Signer(key, clock)
         self._interceptors = (
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            _Signer(key, clock),
+            self._signer,
         )
         self._retry_invoker = None
         self._client = http
+
+    def sign_with(self, key: ec.EllipticCurvePrivateKey) -> None:
+        """Sign later calls with a key that took the place of the first one."""
+        self._signer.take(key)
 
     def hurry(self, timeout_s: float) -> None:
         """Allow later calls only this long."""

@@ -4,15 +4,19 @@ The one place where a mechanism of differential privacy meets a clinic's rows. W
 returns is all that may leave the box.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from fedpeft.adapters import AdapterState
+from fedpeft.adapters import AdapterSchema, AdapterState
 from fedpeft.config import PrivacySettings
 from fedpeft.data import EncodedExample
+from fedpeft.errors import AdapterError, StorageError
 from fedpeft.models import AdaptedModel
 from fedpeft.privacy.clipping import clipped
 from fedpeft.privacy.noise import GaussianNoise
@@ -21,10 +25,15 @@ from fedpeft.privacy.skellam import SkellamNoise, grid_for, sensitivities
 from fedpeft.protocol import Job
 from fedpeft.protocol.privacy import ClinicPrivacy
 from fedpeft.protocol.sums import wrapped
-from fedpeft.training import Observer, Place, train
+from fedpeft.training import Checkpoints, Observer, Place, train
+from fedpeft.training.checkpoint import begin
 from fedpeft.training.private import PrivateRound, PrivateSum, private_sum
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.protection import Protection
+
+_ANSWER_SCHEMA: Final = 1
+_UPDATE: Final = "update"
+_LENGTH_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,43 @@ class Trained:
     tokens: int = 0
     within_clip: bool = False
     privacy: ClinicPrivacy | None = None
+
+    def to_bytes(self) -> bytes:
+        """Return it to be kept on this box, as docs/spec/checkpoint.md says."""
+        said = {
+            "schema": _ANSWER_SCHEMA,
+            "adapter": self.update.schema.hash,
+            "rows": self.rows,
+            "nll": self.nll,
+            "tokens": self.tokens,
+            "within_clip": self.within_clip,
+            "privacy": self.privacy and self.privacy.model_dump(),
+        }
+        text = json.dumps(said, sort_keys=True).encode()
+        values = save({_UPDATE: self.update.values.contiguous()})
+        return len(text).to_bytes(_LENGTH_BYTES) + text + values
+
+    @classmethod
+    def from_bytes(cls, data: bytes, schema: AdapterSchema) -> "Trained":
+        """Read what :meth:`to_bytes` wrote of an update under ``schema``.
+
+        Raises:
+            StorageError: it is of another version or schema, or nothing of the kind.
+        """
+        try:
+            length = int.from_bytes(data[:_LENGTH_BYTES])
+            said = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
+            if (said.pop("schema"), said.pop("adapter")) != (_ANSWER_SCHEMA, schema.hash):
+                raise StorageError("the kept answer is of another format or adapter")
+            values = load(data[_LENGTH_BYTES + length :])[_UPDATE]
+            privacy = said.pop("privacy")
+            return cls(
+                update=AdapterState(schema, values),
+                privacy=privacy and ClinicPrivacy.model_validate(privacy),
+                **said,
+            )
+        except (AdapterError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"the kept answer cannot be read ({type(error).__name__})") from None
 
 
 _Draws = TypeVar("_Draws", bound=SecretDraws)
@@ -69,25 +115,27 @@ class Learner:
         start: AdapterState,
         examples: Sequence[EncodedExample],
         observe: Observer | None,
+        checkpoints: Checkpoints | None = None,
     ) -> Trained:
         """Train the adapter in ``model``, which holds ``start``, and return what may leave.
 
-        ``model`` is focused on the factors that the job has trained.
+        ``model`` is focused on the factors that the job has trained. With ``checkpoints``
+        it goes on where the round was stopped.
 
         Raises:
             FedpeftError: see ``fedpeft.training.train``, and ``Protection.charge``.
         """
         privacy = self._job.privacy
         if privacy is None:
-            self._protection.charge(1)
-            return self._train(model, start, examples, observe, None)
+            self._charge_round(checkpoints)
+            return self._train(model, start, examples, observe, None, checkpoints)
         if privacy.mechanism == "central":
-            self._protection.charge(1)
-            trained = self._train(model, start, examples, observe, None)
+            self._charge_round(checkpoints)
+            trained = self._train(model, start, examples, observe, None, checkpoints)
             return _cut(trained, privacy.clip)
         if privacy.mechanism == "distributed":
-            return self._sum(model, examples, privacy)
-        return self._train(model, start, examples, observe, privacy)
+            return self._sum(model, examples, privacy, checkpoints)
+        return self._train(model, start, examples, observe, privacy, checkpoints)
 
     def _train(
         self,
@@ -96,11 +144,12 @@ class Learner:
         examples: Sequence[EncodedExample],
         observe: Observer | None,
         noisy: PrivacySettings | None,
+        checkpoints: Checkpoints | None,
     ) -> Trained:
         job = self._job
         place = Place(self._clinic.name, job.round, job.rounds)
         private = noisy and self._private_round(noisy)
-        result = train(model, examples, job.training, place, observe, private)
+        result = train(model, examples, job.training, place, observe, private, checkpoints)
         self._mention(result.unusable_units)
         shown = job.privacy is None or job.privacy.exact_losses
         return Trained(
@@ -110,6 +159,12 @@ class Learner:
             tokens=result.target_tokens if shown else 0,
             privacy=noisy and self._report(noisy),
         )
+
+    def _charge_round(self, checkpoints: Checkpoints | None) -> None:
+        """Charge the round as one step, after the attempt that it is charged for is kept."""
+        if checkpoints is not None:
+            begin(checkpoints, {})
+        self._protection.charge(1)
 
     def _private_round(self, privacy: PrivacySettings) -> PrivateRound:
         return PrivateRound(
@@ -127,6 +182,7 @@ class Learner:
         model: AdaptedModel,
         examples: Sequence[EncodedExample],
         privacy: PrivacySettings,
+        checkpoints: Checkpoints | None,
     ) -> Trained:
         """Return the noisy sum of one step's clipped gradients, in whole units of the grid."""
         coordinates = model.trained.numel
@@ -134,13 +190,15 @@ class Learner:
         l2, _ = sensitivities(privacy.clip, coordinates, grid)
         total = self._protection.cost.noise_multiplier * l2
         variance = total**2 / (privacy.honest_clinics or 1)
-        noise = self._draws(SkellamNoise)
+        sampler, noise = self._draws(PoissonSampler), self._draws(SkellamNoise)
+        if checkpoints is not None:
+            begin(checkpoints, {"sampler": sampler, "noise": noise})
         private = PrivateSum(
             unit=_person(privacy),
             clip=privacy.clip,
             records_per_patient=privacy.records_per_patient,
             charge=self._protection.charge,
-            sampler=self._draws(PoissonSampler),
+            sampler=sampler,
             grid=grid,
             share=lambda: noise.draw(coordinates, variance),
         )

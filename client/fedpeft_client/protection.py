@@ -60,9 +60,17 @@ class Protector:
         self._tell = tell
 
     def open(
-        self, clinic: Clinic, job: Job, run: int, rows: ClinicRows, coordinates: int
+        self,
+        clinic: Clinic,
+        job: Job,
+        run: int,
+        rows: ClinicRows,
+        coordinates: int,
+        attempt: str = "",
     ) -> Protection:
         """Ask the ledger for the next round of ``job``; see ``cost_of`` for ``coordinates``.
+
+        ``attempt`` is that of :class:`fedpeft.privacy.law.RoundEntry`.
 
         Raises:
             BudgetSpent: the clinic's bound would be passed, or cannot be kept.
@@ -73,7 +81,11 @@ class Protector:
         ledger = self._ledger(clinic)
         dataset = self._dataset(clinic, ledger, rows)
         entry = RoundEntry(
-            federation=clinic.federation, run=str(run), round=job.round, unit=cost.unit
+            federation=clinic.federation,
+            run=str(run),
+            round=job.round,
+            unit=cost.unit,
+            attempt=attempt,
         )
         law = Law(max_epsilon=clinic.privacy.max_epsilon, delta=clinic.privacy.delta)
         budget = ledger.open_round(dataset.id, entry, cost.step, cost.steps, law)

@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections.abc import Callable, Generator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Final, TypeVar
 
 import httpx
@@ -51,8 +52,16 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 
-from fedpeft.errors import CertificateRefused, ConnectionFailed, EnrolmentError, PolicyRefused
-from fedpeft_client.fleet import Clock, FleetClient, check_skew, explain, measure
+from fedpeft.errors import (
+    CertificateRefused,
+    ConnectionFailed,
+    EnrolmentError,
+    PolicyRefused,
+    SizeLimit,
+)
+from fedpeft.watchdog import came_round
+from fedpeft_client.fleet import Clock, FleetClient, check_skew, explain, load_key, measure
+from fedpeft_client.key_life import renewal_in_progress
 
 log: Final = logging.getLogger(__name__)
 
@@ -103,6 +112,7 @@ class Session:
         server: str,
         key: ec.EllipticCurvePrivateKey,
         *,
+        key_file: Path,
         stop: threading.Event,
         clock: Clock,
         on_outage: Callable[[str], None],
@@ -114,6 +124,7 @@ class Session:
         self._http = http
         self._server = server
         self._public_key = public_key_to_bytes(key.public_key())
+        self._key_file = key_file
         self._stop = stop
         self._clock = clock
         self._on_outage = on_outage
@@ -206,7 +217,8 @@ class Session:
             The message with its content, and its size in bytes.
 
         Raises:
-            PolicyRefused: it is larger than ``max_bytes``.
+            SizeLimit: it is larger than ``max_bytes``.
+            TrafficLimit: today's bytes are used up.
             MessageLost: the server no longer has it, or it cannot be read.
             RunEnded, Stopped: as they say.
         """
@@ -214,7 +226,7 @@ class Session:
         object_ids = list(dict.fromkeys(each.object_id for each in iterate_object_tree(tree)))
         allowance = _Allowance(max_bytes)
         if len(object_ids) > _MAX_OBJECTS:
-            raise PolicyRefused(f"a message has {len(object_ids)} parts, over {_MAX_OBJECTS}")
+            raise SizeLimit(f"a message has {len(object_ids)} parts, over {_MAX_OBJECTS}")
 
         def pull(object_id: str) -> bytes:
             request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
@@ -301,6 +313,7 @@ class Session:
         while True:
             if self._stop.is_set():
                 raise Stopped
+            came_round()
             try:
                 response = method(request)
             except httpx.HTTPStatusError as error:
@@ -341,10 +354,22 @@ class Session:
         except ConnectionFailed as error:
             return str(error)
         check_skew(skew_s)
+        if self._takes_renewed_key():
+            return "the key of this machine's connection was renewed"
         raise EnrolmentError(
             f"the server {self._server} does not know this machine's key: the clinic was removed, "
             "or the server set up anew, so ask for a new invitation and join again"
         )
+
+    def _takes_renewed_key(self) -> bool:
+        """Say whether the key was renewed since, or is about to be, and sign with it."""
+        key = load_key(self._key_file)
+        public = public_key_to_bytes(key.public_key())
+        if public == self._public_key:
+            return renewal_in_progress(self._key_file).exists()
+        self._public_key = public
+        self._client.sign_with(key)
+        return True
 
     def _pause(self, seconds: float) -> None:
         # Many clinics lose the server at the same moment and should not all
@@ -395,6 +420,6 @@ class _Allowance:
         with self._lock:
             self.taken += size
             if self._max_bytes is not None and self.taken > self._max_bytes:
-                raise PolicyRefused(
+                raise SizeLimit(
                     f"a message is larger than the {self._max_bytes} bytes that this clinic allows"
                 )

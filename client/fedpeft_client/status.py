@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 from fedpeft.errors import StorageError
 from fedpeft.protocol import Job
 from fedpeft.storage import write_atomically
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.settings import BudgetSettings, ConfidentialitySettings
+from fedpeft_client.adapter_status import adapter_line
+from fedpeft_client.clinic import Clinic, allowed_bases
+from fedpeft_client.key_life import expiry_warnings, keys_expire
+from fedpeft_client.refusals import Refusal
+from fedpeft_client.settings import BudgetSettings, ClientSettings, ConfidentialitySettings
 
 if TYPE_CHECKING:
     from fedpeft_client.box import Box
@@ -75,8 +78,13 @@ def status_lines(box: "Box") -> list[str]:
         f"{settings.server.address}",
         f"demands\t{_demands(settings.aggregation)}",
         f"privacy\t{_budget(settings.privacy)} (fedpeft-client ledger)",
+        f"policy\t{_rules(settings)}",
         f"last job\t{_last(last)}",
+        adapter_line(box),
+        f"refused\t{_refused(box.refusals.read())}",
         f"server\tfingerprint {box.server_identity.fingerprint}",
+        f"words\t{box.words()}",
+        f"keys\t{_keys(box)}",
         f"peers\t{len(box.peers.known())} other clinics seen (fedpeft-client peers)",
     ]
 
@@ -92,6 +100,36 @@ def _budget(allowed: BudgetSettings) -> str:
     if allowed.max_epsilon is None:
         return "no bound (max_epsilon is not set), jobs without noise are accepted"
     return f"no round beyond epsilon {allowed.max_epsilon:g} in all, none without noise"
+
+
+def _keys(box: "Box") -> str:
+    expires = keys_expire(box.directory)
+    until = "of an older release" if expires is None else f"good until {expires:%Y-%m-%d}"
+    warnings = expiry_warnings(box.directory, box.ca)
+    return "; ".join([until, *(f"WARNING: {warning}" for warning in warnings)])
+
+
+def _rules(settings: ClientSettings) -> str:
+    """Say who may order what and when, and how much it may take."""
+    policy, limits = settings.policy, settings.limits
+    bases = allowed_bases(settings)
+    rules = (
+        "" if policy.signers is None else f"orders of {len(policy.signers)} server identities",
+        f"base models {', '.join(base[:12] for base in bases)}" if bases else "any base model here",
+        f"methods {', '.join(policy.methods)}" if policy.methods else "",
+        f"training {', '.join(policy.hours)}" if policy.hours else "training at any time",
+        f"at most {limits.threads} processors" if limits.threads else "",
+        f"{limits.max_memory_mb} MiB of memory" if limits.max_memory_mb else "",
+        f"{limits.max_mb_per_day} MiB a day" if limits.max_mb_per_day else "",
+        f"{limits.min_free_disk_mb} MiB of disk kept free",
+    )
+    return "; ".join(rule for rule in rules if rule)
+
+
+def _refused(refusal: Refusal | None) -> str:
+    if refusal is None:
+        return "nothing yet"
+    return f"{refusal.time}, the server was told {refusal.rule!r}: {refusal.sentence}"
 
 
 def _last(last: dict[str, Any] | None) -> str:

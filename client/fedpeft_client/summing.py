@@ -17,6 +17,7 @@ from fedpeft.config import LEAST_SUMMANDS
 from fedpeft.errors import AlreadyAggregated, OutOfOrder, TooFewClinics, WrongContext
 from fedpeft.protocol import EVALUATE, TRAIN, Job, SumTerms
 from fedpeft.protocol.sums import (
+    VERDICTS,
     counts_alike,
     fixed_point,
     integers_of,
@@ -189,6 +190,9 @@ def _contribution(outcome: Trained | Measured, job: Job, name: str) -> _Contribu
         "tokens": outcome.tokens,
         "within-clip": int(trained and outcome.within_clip),
     }
+    if job.asks_verdict:
+        verdict = None if isinstance(outcome, Trained) else outcome.accepted
+        integers |= dict(zip(VERDICTS, (int(verdict is not None), int(bool(verdict))), strict=True))
     if job.ranks is not None:
         own = job.ranks.rank(name)
         integers |= {

@@ -4,10 +4,8 @@ Plain values in and out; who asked, and how the answer is kept confidential, is
 not known here.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from fedpeft.adapters import (
     AdapterSchema,
@@ -18,7 +16,7 @@ from fedpeft.adapters import (
     from_bytes,
     save_adapter,
 )
-from fedpeft.errors import ConfigError, PolicyRefused, WrongContext
+from fedpeft.errors import ConfigError, PolicyRefused, RankLimit, StepsLimit, WrongContext
 from fedpeft.evaluation import Score, score
 from fedpeft.models import (
     AdaptedModel,
@@ -28,37 +26,52 @@ from fedpeft.models import (
     require_fingerprint,
 )
 from fedpeft.protocol import Job
+from fedpeft.protocol.lineage import SignedLineage
+from fedpeft.protocol.lineage_check import to_keep
 from fedpeft.protocol.parcel import Held
 from fedpeft.training import Observer
+from fedpeft_client.adapter_store import AdapterStore
+from fedpeft_client.adapter_version import Arrival
+from fedpeft_client.admission import Admission
+from fedpeft_client.checkpoints import CheckpointFolder, KeptRound
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.cost import require_losses_allowed, require_noise_fits, steps_of
 from fedpeft_client.learning import Learner, Trained
+from fedpeft_client.memory import within_memory
 from fedpeft_client.personal import PersonalStore
+from fedpeft_client.policy import Now, require_disk, within_hours
 from fedpeft_client.protection import Protector
-from fedpeft_client.records import RecordStore
-from fedpeft_client.settings import LimitSettings
+from fedpeft_client.records import ClinicRows, RecordStore
+from fedpeft_client.undertaking import undertaking_of
+from fedpeft_client.working_hours import local_now
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A job with what the server sent; ``schema`` is the adapter's hash that it signed for it."""
+    """A job with what the server sent; ``schema`` is the adapter's hash that it signed for it.
+
+    ``lineage`` is what made the adapter, already checked, if that came too.
+    """
 
     job: Job
     held: Held
     schema: str
     run: int
+    lineage: SignedLineage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Validation loss (nats) over target tokens, and how many rows this clinic trains on.
 
-    Both are 0 under a job with noise that does not ask for exact losses.
+    The first two are 0 under a job with noise that does not ask for exact losses.
+    ``accepted`` says whether the adapter is in use here; None unless both sides want it told.
     """
 
     nll: float
     tokens: int
     rows: int
+    accepted: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,21 +87,28 @@ class ClinicWork:
     """The two things a clinic can be asked, with the base model kept loaded between them.
 
     ``observe`` is told of training steps, ``tell`` in a sentence what was read from
-    which file and how much was cut.
+    which file and how much was cut; ``now`` returns the local time.
     """
 
     def __init__(
-        self, observe: Observer | None = None, tell: Callable[[str], None] | None = None
+        self,
+        observe: Observer | None = None,
+        tell: Callable[[str], None] | None = None,
+        now: Now = local_now,
     ) -> None:
         self._observe = observe
+        self._now = now
         self._tell = tell
         self._workbench = Workbench()
         self._records = RecordStore(tell)
         self._protector = Protector(tell)
+        self._admission = Admission(self._workbench, self._records, tell)
         self._personal: dict[str, PersonalStore] = {}
 
     def train(self, clinic: Clinic, assignment: Assignment) -> Trained:
         """Train from the assignment's adapter and return the change to what is to be sent.
+
+        A round that was stopped goes on, and one that was finished is answered as before.
 
         Raises:
             FedpeftError: of the kind that says what stands against it.
@@ -101,22 +121,53 @@ class ClinicWork:
             )
         require_noise_fits(job)
         own = _own_rank(clinic, job)
-        _require_within("max_rank", own, clinic.limits.max_rank)
+        _require_within(RankLimit, "max_rank", own, clinic.limits.max_rank)
         nested = job.ranks is not None and job.ranks.rule == "nested"
         rest = job.adapter.rank - own if nested else 0
         ready = self._prepare(clinic, assignment, own, rest, until=job.round - 1)
         model = ready.model
         model.focus(job.trains)
         rows = self._records.train(clinic, model.base, job.training.max_length)
-        _require_within("max_steps", steps_of(job, rows.examples), clinic.limits.max_steps)
+        steps = steps_of(job, rows.examples)
+        _require_within(StepsLimit, "max_steps", steps, clinic.limits.max_steps)
         sent = model.trained.part(job.sends)
-        protection = self._protector.open(clinic, job, assignment.run, rows, sent.numel)
+        stopped = self._stopped(clinic, job, ready, rows)
+        if stopped is not None and (before := stopped.answered(sent)) is not None:
+            return before
+        attempt = stopped.attempt if stopped is not None else ""
+        protection = self._protector.open(clinic, job, assignment.run, rows, sent.numel, attempt)
         learner = Learner(clinic, job, protection, self._tell)
-        trained = learner.learn(model, ready.adapter, rows.examples, self._observe)
+        watch = within_memory(self._observe, clinic.limits.max_memory_mb)
+        watch = within_hours(watch, clinic, self._now)
+        trained = learner.learn(model, ready.adapter, rows.examples, watch, stopped)
         trained.update.require_finite(source=f"clinic {clinic.name}")
         if kept := _kept_factors(job):
             self._keep(clinic, assignment, model.read().part(kept, own))
+        if stopped is not None:
+            stopped.finish(trained, job)
         return trained
+
+    def forget(self, clinic: Clinic) -> None:
+        """Remove what is kept of the last round of training: its update is in a sum that opens.
+
+        Raises:
+            StorageError: the disk is read-only.
+        """
+        if (folder := self._folder(clinic)) is not None:
+            folder.clear()
+
+    def _stopped(
+        self, clinic: Clinic, job: Job, ready: _Ready, rows: ClinicRows
+    ) -> KeptRound | None:
+        """Return what is kept of the round; None: this clinic keeps nothing."""
+        if (folder := self._folder(clinic)) is None:
+            return None
+        return folder.open(undertaking_of(clinic, job, ready.adapter, rows, ready.model))
+
+    def _folder(self, clinic: Clinic) -> CheckpointFolder | None:
+        if clinic.checkpoint_directory is None or not clinic.checkpoints.max_mb:
+            return None
+        return CheckpointFolder(clinic, self._tell)
 
     def evaluate(self, clinic: Clinic, assignment: Assignment) -> Measured:
         """Keep the assignment's adapter and return its validation loss here.
@@ -131,18 +182,49 @@ class ClinicWork:
         rank = own if truncated else job.adapter.rank
         ready = self._prepare(clinic, assignment, rank, 0, until=job.round)
         model, length = ready.model, job.training.max_length
-        valid = Score()
-        if job.privacy is None or job.privacy.exact_losses:
+        valid, told = Score(), job.privacy is None or job.privacy.exact_losses
+        if told or (clinic.store_directory is not None and job.round > 0):
             valid = score(model, self._records.valid(clinic, model.base, length))
         rows = self._records.train(clinic, model.base, length)
-        if clinic.adapter_directory is not None and job.round > 0:
-            _require_disk(clinic.limits, clinic.adapter_directory.parent)
-            # For the base model as its files are, which is the one that others load.
-            whole = combined(ready.adapter, [product for _, product in ready.products])
-            settings = at_rank(job.adapter, whole.schema.rank)
-            base_name = str(clinic.model.resolve())
+        accepted = self._receive(clinic, assignment, ready, valid)
+        if not told:
+            # What the box measured for itself is not for the server.
+            return Measured(0.0, 0, len(rows.examples))
+        if not (job.asks_verdict and clinic.acceptance.report_verdict):
+            accepted = None
+        return Measured(valid.nll, valid.tokens, len(rows.examples), accepted)
+
+    def _receive(
+        self, clinic: Clinic, assignment: Assignment, ready: _Ready, valid: Score
+    ) -> bool | None:
+        """Keep a round's adapter; say whether it was taken into use, None where none is judged.
+
+        The model of ``ready`` is gone afterwards.
+        """
+        job = assignment.job
+        if job.round < 1 or not (clinic.store_directory or clinic.adapter_directory):
+            return None
+        require_disk(clinic)
+        # For the base model as its files are, which is the one that others load.
+        whole = combined(ready.adapter, [product for _, product in ready.products])
+        settings = at_rank(job.adapter, whole.schema.rank)
+        base_name = str(clinic.model.resolve())
+        if clinic.adapter_directory is not None:
             save_adapter(whole, settings, clinic.adapter_directory, base_name=base_name)
-        return Measured(valid.nll, valid.tokens, len(rows.examples))
+        if clinic.store_directory is None:
+            return None
+        arrival = Arrival(
+            state=whole,
+            settings=settings,
+            base_name=base_name,
+            federation=job.federation,
+            run=job.run,
+            round=job.round,
+            lineage=to_keep(assignment.lineage, whole),
+        )
+        store = AdapterStore(clinic.store_directory, clinic.adapters)
+        kept = self._admission.admit(clinic, store, arrival, ready.model, valid, job)
+        return kept.verdict.accepted
 
     def _prepare(
         self, clinic: Clinic, assignment: Assignment, rank: int, rest_rank: int, *, until: int
@@ -153,7 +235,7 @@ class ClinicWork:
         as they were after round ``until``.
         """
         job = assignment.job
-        _require_allowed(clinic, job)
+        _require_own_federation(clinic, job)
         require_fingerprint(fingerprint(clinic.model), job.fingerprint, clinic.model)
         products = _products(clinic, assignment)
         model = self._workbench.adapted(
@@ -244,11 +326,11 @@ def _products(clinic: Clinic, assignment: Assignment) -> list[tuple[str, Adapter
     return products
 
 
-def _require_allowed(clinic: Clinic, job: Job) -> None:
-    """Check what the server asks for against the clinic's own limits.
+def _require_own_federation(clinic: Clinic, job: Job) -> None:
+    """Check that the job is of the federation that the clinic joined.
 
     Raises:
-        ConfigError: the job is of another federation.
+        ConfigError: it is of another one.
     """
     if job.federation != clinic.federation:
         raise ConfigError(
@@ -257,18 +339,9 @@ def _require_allowed(clinic: Clinic, job: Job) -> None:
         )
 
 
-def _require_disk(limits: LimitSettings, directory: Path) -> None:
-    free = shutil.disk_usage(directory).free >> 20
-    if free < limits.min_free_disk_mb:
-        raise PolicyRefused(
-            f"{free} MiB are free in {directory} where limits.min_free_disk_mb = "
-            f"{limits.min_free_disk_mb} in client.toml; free some space or lower that limit"
-        )
-
-
-def _require_within(limit: str, asked: int, allowed: int) -> None:
+def _require_within(rule: type[PolicyRefused], limit: str, asked: int, allowed: int) -> None:
     if asked > allowed:
-        raise PolicyRefused(
+        raise rule(
             f"the server asks for {asked} where limits.{limit} = {allowed} in client.toml; "
             "raise the limit if you agree, or ask the central site for less"
         )

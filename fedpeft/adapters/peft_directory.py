@@ -57,10 +57,15 @@ def save_adapter(
     config["target_modules"] = _listed(config["target_modules"])
     config["inference_mode"] = True
     base = {"schema": 1, "base_fingerprint": state.schema.fingerprint}
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
     write_atomically(directory / CONFIG_FILE, _json_bytes(config))
     write_atomically(directory / _BASE_FILE, _json_bytes(base))
-    write_atomically(directory / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
+    write_atomically(directory / WEIGHTS_FILE, weights_bytes(state))
+
+
+def weights_bytes(state: AdapterState) -> bytes:
+    """Return the safetensors file that :func:`save_adapter` writes."""
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+    return save(tensors, {"format": "pt"})
 
 
 def _json_bytes(content: dict[str, Any]) -> bytes:
@@ -133,7 +138,7 @@ def load_adapter(directory: Path, schema: AdapterSchema) -> AdapterState:
         AdapterError: the weights are missing or unreadable.
         SchemaMismatch: tensors, shapes or (where it is recorded) the base model differ.
     """
-    fingerprint = _recorded_base(directory)
+    fingerprint = recorded_base(directory)
     if fingerprint is not None and fingerprint != schema.fingerprint:
         raise SchemaMismatch(
             f"the adapter in {directory} belongs to base model {fingerprint[:12]}, not to "
@@ -142,8 +147,12 @@ def load_adapter(directory: Path, schema: AdapterSchema) -> AdapterState:
     return AdapterState.from_tensors(read_tensors(directory / WEIGHTS_FILE, _ADVICE), schema)
 
 
-def _recorded_base(directory: Path) -> str | None:
-    """Return the fingerprint that was recorded; None in a directory that others wrote."""
+def recorded_base(directory: Path) -> str | None:
+    """Return the fingerprint that was recorded; None in a directory that others wrote.
+
+    Raises:
+        AdapterError: what was recorded cannot be read.
+    """
     path = directory / _BASE_FILE
     if not path.exists():
         return None

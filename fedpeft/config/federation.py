@@ -95,6 +95,8 @@ class RoundSettings(Settings):
     retries: int = Field(default=2, ge=0)
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many rounds without a better validation loss; None: never."""
+    ask_verdicts: bool = False
+    """Ask how many clinics take a round's adapter into use; each must allow it to be counted."""
 
 
 class AggregationSettings(Settings):

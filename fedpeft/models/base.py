@@ -2,7 +2,7 @@
 
 At no time are there two copies of it: weights go from the mapped file to the
 device one tensor at a time, quantised on the way (Dettmers et al. 2023,
-arXiv:2305.14314).
+arXiv:2305.14314). Those of a GGUF file are dequantised first, to 32 bits in memory.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from fedpeft.config import Quantization
 from fedpeft.errors import ModelError
+from fedpeft.gguf_format.reading import weights_in
+from fedpeft.models.configuration import configuration
 from fedpeft.models.fingerprint import fingerprint
+from fedpeft.models.gguf_tokenizer import load_gguf_tokenizer
 from fedpeft.models.source import NOT_A_MODEL, require_complete
+from fedpeft.weight_files import is_gguf
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +62,10 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory,
+        kind, where, weights = _source(directory)
+        loaded = kind.from_pretrained(
+            where,
+            **weights,
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,
@@ -87,6 +93,17 @@ def load_base(
     )
 
 
+def _source(base: Path) -> tuple[Any, Path | None, dict[str, Any]]:
+    """Return the class that loads the model, where from, and what is given to it in memory."""
+    if not is_gguf(base):
+        return AutoModelForCausalLM, base, {}
+    config = configuration(base)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    weights = weights_in(base, empty.state_dict())
+    return type(empty), None, {"config": config, "state_dict": weights}
+
+
 def _require_all_weights(missing: set[str], directory: Path) -> None:
     # transformers would fill them with random values, other ones on every machine.
     if missing:
@@ -103,6 +120,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it cannot be read.
     """
     require_complete(directory)
+    if is_gguf(directory):
+        return load_gguf_tokenizer(directory)
     try:
         return cast(
             "PreTrainedTokenizerBase",

@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.error import NoMatchingPeftModuleError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.adapters import AdapterSchema, at_rank, lora_config, schema_of
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import AdapterError, ModelError
+from fedpeft.models.configuration import configuration
 from fedpeft.models.fingerprint import fingerprint
 from fedpeft.models.source import NOT_A_MODEL, require_complete
 
@@ -36,16 +37,13 @@ def adapter_schema(directory: Path, settings: AdapterSettings) -> AdapterSchema:
     """
     require_complete(directory)
     try:
-        # Said aloud, for the default is to ask at the terminal whether to run the model's code.
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        config = configuration(directory)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except NOT_A_MODEL as error:
         raise ModelError(
-            f"{directory}/config.json does not describe a causal language model "
-            f"({type(error).__name__}); copy the whole model directory again"
+            f"{directory} does not describe a causal language model in its config.json or header "
+            f"({type(error).__name__}); copy the base model again"
         ) from error
     with torch.device("meta"):
         adapted = attach_lora(network, settings)

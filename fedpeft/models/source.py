@@ -1,4 +1,4 @@
-"""Where a base model lies: a local directory, the embedded one, or (if allowed) a hub.
+"""Where a base model lies: a local directory or GGUF file, the embedded one, or (if allowed) a hub.
 
 Loads nothing; only checks that the files which loading needs are there.
 """
@@ -11,7 +11,9 @@ from typing import Any, cast
 from huggingface_hub.errors import StrictDataclassError
 
 from fedpeft.errors import ModelError
+from fedpeft.gguf_format.header import read_header
 from fedpeft.offline import ALLOW_HUB, hub_allowed
+from fedpeft.weight_files import is_gguf, weight_files
 
 EMBEDDED = "embedded"
 NOT_A_MODEL = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
@@ -19,17 +21,17 @@ NOT_A_MODEL = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictD
 
 
 def resolve_base(base: str, *, relative_to: Path) -> Path:
-    """Return the directory of ``base``; relative paths count from ``relative_to``.
+    """Return the directory or GGUF file of ``base``; relative paths count from ``relative_to``.
 
     Raises:
         ModelError: there is no such directory, or it lacks configuration, tokenizer
-            or safetensors weights.
+            or safetensors weights; or the GGUF file is damaged or holds an adapter.
     """
     if base == EMBEDDED:
         directory = Path(str(files("fedpeft") / "demo" / "base"))
     else:
         directory = (relative_to / _home_expanded(base)).resolve()
-        if not directory.is_dir():
+        if not directory.is_dir() and not is_gguf(directory):
             directory = _fetch(base, directory)
     require_complete(directory)
     return directory
@@ -43,11 +45,15 @@ def _home_expanded(base: str) -> Path:
 
 
 def require_complete(directory: Path) -> None:
-    """Check that a model directory can be used.
+    """Check that a model directory, or a GGUF file, can be used.
 
     Raises:
         ModelError: says what is missing and what to copy there.
     """
+    if is_gguf(directory):
+        if read_header(directory).is_adapter:
+            raise ModelError(f"{directory} is an adapter and no base model; name a base model")
+        return
     if not directory.is_dir():
         raise ModelError(f"the base model directory {directory} does not exist; name one that does")
     if not (directory / "config.json").is_file():
@@ -63,13 +69,10 @@ def require_complete(directory: Path) -> None:
         )
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model directory, sorted by name."""
-    return sorted(directory.glob("*.safetensors"))
-
-
 def context_length(directory: Path) -> int | None:
     """Return the most tokens that the model can read at once, or None if it does not say."""
+    if is_gguf(directory):
+        return read_header(directory).context_length
     config = cast("dict[str, Any]", json.loads((directory / "config.json").read_text("utf-8")))
     inner = cast("dict[str, Any]", config.get("text_config", config))
     length = inner.get("max_position_embeddings")

@@ -34,12 +34,18 @@ class Law:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundEntry:
-    """Whom the steps of a round are charged for: no name of a file, no record."""
+    """Whom the steps of a round are charged for: no name of a file, no record.
+
+    ``attempt`` is 64 hexadecimal digits drawn for one stream of samples and noise: a step
+    that was charged in it, and is computed again from the same keys, is not charged
+    again. Empty: every step is charged.
+    """
 
     federation: str
     run: str
     round: int
     unit: PrivacyUnit
+    attempt: str = ""
 
 
 def require_lawful(

@@ -38,6 +38,8 @@ from fedpeft.privacy.ledger_queries import (
     Job,
     KnownDataset,
     LastRound,
+    charged_in_attempt,
+    charged_rounds,
     charged_since,
     charges,
     jobs,
@@ -116,7 +118,8 @@ class Ledger:
     ) -> "RoundBudget":
         """Return the right to run ``steps`` steps; nothing is charged yet.
 
-        The first call also checks the whole ledger, later ones what came since.
+        Steps that ``entry.attempt`` has charged before count as paid. The first call also
+        checks the whole ledger, later ones what came since.
 
         Args:
             dataset: its ``id``.
@@ -140,8 +143,11 @@ class Ledger:
             self._require_intact(database, anchor)
             parts = parts_of(database, dataset)
             spent, units = charges(database, parts), units_in(database, parts)
-            require_lawful(law, spent, units, entry, step, steps)
-            return RoundBudget(self._file, dataset, entry, step, steps, law, last_row(database).seq)
+            paid = charged_in_attempt(database, parts, entry, step)
+            if left := max(0, steps - len(paid)):
+                require_lawful(law, spent, units, entry, step, left)
+            seen = last_row(database).seq
+            return RoundBudget(self._file, dataset, entry, step, left, law, seen, paid)
 
     def charges(self, dataset: int) -> dict[Charge, int]:
         """Return how many steps of each cost were charged to a data set.
@@ -166,6 +172,11 @@ class Ledger:
         """
         with self._file.transaction() as database:
             return jobs(database, parts_of(database, dataset))
+
+    def rounds(self) -> set[tuple[str, str, int]]:
+        """Return federation, run and round of all that was charged, to compare with other logs."""
+        with self._file.transaction() as database:
+            return charged_rounds(database)
 
     def last_round(self, dataset: int) -> LastRound | None:
         """Return the round that was charged last; None if none was.
@@ -222,6 +233,7 @@ class RoundBudget:
         steps: int,
         law: Law,
         seen: int,
+        paid: set[int],
     ) -> None:
         self._file = file
         self._dataset = dataset
@@ -230,9 +242,10 @@ class RoundBudget:
         self._left = steps
         self._law = law
         self._seen = seen
+        self._paid = paid
 
     def charge(self, step_number: int) -> None:
-        """Charge one step; only when this has returned may the step run.
+        """Charge one step, unless this attempt has; only then may the step run.
 
         What the rest of the round needs is looked at again if others have charged the
         same data since, or if the round has more steps than it was opened for.
@@ -243,6 +256,9 @@ class RoundBudget:
                 step was charged, and it must not run.
             LedgerDamaged: the file is no ledger any more.
         """
+        if step_number in self._paid:
+            self._paid.remove(step_number)
+            return
         with self._file.transaction("IMMEDIATE") as database:
             parts = parts_of(database, self._dataset)
             if self._left < 1 or charged_since(database, parts, self._seen):
@@ -264,6 +280,7 @@ class RoundBudget:
             "charge",
             now(),
             dataset=self._dataset,
+            digest=entry.attempt,
             federation=entry.federation,
             run=entry.run,
             round=entry.round,

@@ -48,8 +48,8 @@ class Entry(NamedTuple):
     ``key``, row 1: ``digest`` is the SHA-256 of the key of the data identity. ``data``:
     ``units`` more units belong to ``dataset``; ``digest`` is the SHA-256 of their keyed
     hashes, sorted and joined. ``merge``: data set ``other`` is part of ``dataset`` from
-    now on. ``charge``: one step of ``run`` is charged to ``dataset``. ``time`` informs
-    people, and nothing depends on it.
+    now on. ``charge``: one step of ``run`` is charged to ``dataset``; ``digest`` is the attempt
+    that it belongs to, or empty. ``time`` informs people, and nothing depends on it.
     """
 
     kind: EntryKind

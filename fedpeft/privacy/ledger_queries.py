@@ -103,6 +103,12 @@ def jobs(database: Connection, parts: tuple[int, ...]) -> list[Job]:
     ]
 
 
+def charged_rounds(database: Connection) -> set[tuple[str, str, int]]:
+    """Return federation, run and round of everything that was charged to any data set."""
+    query = "SELECT DISTINCT federation, run, round FROM entries WHERE kind = 'charge'"
+    return set(database.execute(query))
+
+
 def last_round(database: Connection, parts: tuple[int, ...]) -> LastRound | None:
     """Return the round charged last; a step charged again after a restart counts once."""
     latest = _of_parts(
@@ -122,6 +128,26 @@ def last_round(database: Connection, parts: tuple[int, ...]) -> LastRound | None
     (steps,) = database.execute(counted, (*parts, *row[:4])).fetchone()
     entry = RoundEntry(federation=federation, run=run, round=number, unit=unit)
     return LastRound(entry=entry, step=_charge(*cost), steps=steps)
+
+
+def charged_in_attempt(
+    database: Connection, parts: tuple[int, ...], entry: RoundEntry, step: Charge
+) -> set[int]:
+    """Return the numbers of the steps that ``entry.attempt`` has charged at this very cost.
+
+    What was charged at another cost does not count: the clinic may trust others less now.
+    """
+    if not entry.attempt:
+        return set()
+    query = _of_parts(
+        "SELECT step FROM entries WHERE kind = 'charge' AND dataset IN (?) "
+        "AND digest = ? AND unit = ? "
+        "AND noise = ? AND sampling_rate = ? AND noise_multiplier = ? AND l2 = ? AND l1 = ?",
+        parts,
+    )
+    cost = (step.noise, step.sampling_rate, step.noise_multiplier, step.l2, step.l1)
+    rows = database.execute(query, (*parts, entry.attempt, entry.unit, *cost))
+    return {number for (number,) in rows}
 
 
 def charged_since(database: Connection, parts: tuple[int, ...], seen: int) -> bool:

@@ -46,13 +46,9 @@ class Uniforms:
         Raises ``PrivacyError`` in a forked process: it would draw what its parent draws,
         and the difference of two results would hold no noise.
         """
-        if os.getpid() != self._process:
-            raise PrivacyError(
-                "random numbers for privacy were asked for in a forked process; "
-                "make the noise or the sampler in the process that uses it"
-            )
+        self._require_own_process()
         if size > self._left:
-            self._next_key()
+            self.renew()
         self._left -= size
         words = self._buffer[:size]
         self._stream.fill(words.view(KEYSTREAM_WORD))
@@ -83,11 +79,25 @@ class Uniforms:
             out[small] += more * 2.0**-64
         out *= 2.0**-64
 
-    def _next_key(self) -> None:
+    def renew(self) -> bytes:
+        """Go on under a new key, drawn from the stream, and return it.
+
+        Raises ``PrivacyError`` in a forked process, as ``words`` does.
+        """
+        self._require_own_process()
         seed = np.empty(SEED_BYTES // KEYSTREAM_WORD.itemsize, KEYSTREAM_WORD)
         self._stream.fill(seed)
-        self._stream = Keystream(seed.tobytes())
+        key = seed.tobytes()
+        self._stream = Keystream(key)
         self._left = _WORDS_OF_A_KEY
+        return key
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                "random numbers for privacy were asked for in a forked process; "
+                "make the noise or the sampler in the process that uses it"
+            )
 
 
 class SecretDraws:
@@ -118,6 +128,22 @@ class SecretDraws:
     def reproducible(self) -> bool:
         """Whether the seed is known, so that the run must be marked as not private."""
         return self._uniforms.reproducible
+
+    def renew(self) -> bytes:
+        """Draw under a new key of 32 bytes from now on, and return it.
+
+        **Secret**: who has it knows all that is drawn later. Of what was drawn before it
+        tells nothing, as the stream does not run backwards.
+        """
+        return self._uniforms.renew()
+
+    def go_on(self, key: bytes) -> None:
+        """Draw what was drawn after :meth:`renew` had returned ``key``.
+
+        **The same noise on two results that others see cancels.** Only what never left
+        this machine may be computed again.
+        """
+        self._uniforms = Uniforms(Keystream(key), reproducible=self.reproducible)
 
 
 class PoissonSampler(SecretDraws):

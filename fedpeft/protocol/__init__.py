@@ -12,6 +12,7 @@ from fedpeft.protocol.records import (
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
+    VERDICT,
 )
 from fedpeft.protocol.sums import MESSAGE_TYPES
 
@@ -30,6 +31,7 @@ __all__ = [
     "TRAIN_TOKENS",
     "VALID_NLL",
     "VALID_TOKENS",
+    "VERDICT",
     "Job",
     "Payload",
     "RankTerms",

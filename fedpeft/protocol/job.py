@@ -72,6 +72,8 @@ class Job(Settings):
     """None: everybody takes part at ``adapter.rank``."""
     base_change: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     """SHA-256 of the products to be added to the base model, in order (see parcel.py)."""
+    asks_verdict: bool = False
+    """Whether the server would like to know if the clinic takes the adapter into use."""
     round: int = Field(ge=0)
     rounds: int = Field(ge=1)
 

@@ -22,6 +22,8 @@ MESSAGE_TYPES: Final = frozenset(
 INTEGERS: Final = ("num-examples", "nll", "tokens", "clipped", "within-clip")
 """Training rows, summed loss in fixed point, target tokens, clipped coordinates, and
 whether the update was within the clip norm of clinic-level privacy (0 or 1)."""
+VERDICTS: Final = ("verdicts", "accepted")
+"""Of clinics that tell their verdict on an adapter: 1, and 1 again if they have taken it."""
 _FRACTION_BITS: Final = 16
 
 
@@ -36,11 +38,13 @@ def integers_of(job: Job) -> tuple[str, ...]:
     """Return the integers that are summed under a job.
 
     Where ranks differ, the weights of those who trained at least the columns of each
-    level are summed too, in the same vector, as a column's divisor.
+    level are summed too, in the same vector, as a column's divisor; and the verdicts on
+    the adapter if the job asks for them.
     """
+    asked = VERDICTS if job.asks_verdict else ()
     if job.ranks is None:
-        return INTEGERS
-    return (*INTEGERS, *(weight_of_level(level) for level in levels_of(job)))
+        return (*INTEGERS, *asked)
+    return (*INTEGERS, *asked, *(weight_of_level(level) for level in levels_of(job)))
 
 
 def weight_of_level(level: int) -> str:

@@ -2,6 +2,7 @@
 
 from fedpeft.config.schedule import learning_rate
 from fedpeft.training.batches import Place, Plan, plan_round, round_steps
+from fedpeft.training.checkpoint import Checkpoint, Checkpoints
 from fedpeft.training.collate import Batch, collate
 from fedpeft.training.loop import Observer, StepDone, TrainingResult, train
 from fedpeft.training.private import (
@@ -16,6 +17,8 @@ from fedpeft.training.steps import StepLoss
 
 __all__ = [
     "Batch",
+    "Checkpoint",
+    "Checkpoints",
     "Observer",
     "Place",
     "Plan",

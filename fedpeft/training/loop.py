@@ -17,10 +17,11 @@ from fedpeft.data import EncodedExample
 from fedpeft.errors import AdapterUnchanged, TrainingError
 from fedpeft.models import AdaptedModel
 from fedpeft.training.batches import Place
+from fedpeft.training.checkpoint import Checkpoints, Standing
 from fedpeft.training.optimizer import build_optimizer
 from fedpeft.training.plain import PlainSteps
 from fedpeft.training.private import PrivateRound, PrivateSteps
-from fedpeft.training.steps import StepLoss, seeded_dropout
+from fedpeft.training.steps import Steps, Totals, seeded_dropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,12 @@ def train(
     place: Place,
     observe: Observer | None = None,
     private: PrivateRound | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
     """Train the adapter in ``model`` in place for one round, by DP-SGD if ``private``.
+
+    With ``checkpoints`` it goes on where the round was stopped, and leaves on the CPU, bit
+    for bit, what it would have left if it had not been.
 
     Raises:
         TrainingError: there are no rows, or the optimiser does not fit the hardware.
@@ -76,39 +81,52 @@ def train(
     """
     if not examples:
         raise TrainingError(f"clinic {place.clinic} has no rows to train on; add records")
-    optimizer = build_optimizer(model.weights, settings)
     start = model.weights.detach().clone()
     if private is None:
         steps = PlainSteps(model, examples, settings, place, start)
     else:
         steps = PrivateSteps(model, examples, settings, private, start)
     model.train_mode(gradient_checkpointing=settings.gradient_checkpointing)
-    began, done = time.perf_counter(), list[StepLoss]()
-    first, total = (place.round - 1) * steps.count, place.rounds * steps.count
     with seeded_dropout(model, steps.dropout_seed):
-        for step in range(1, steps.count + 1):
-            done.append(steps.compute(step))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, first + step - 1, total)
-            optimizer.step()
-            if observe is not None:
-                speed = sum(one.tokens for one in done) / (time.perf_counter() - began)
-                observe(StepDone(place, step, steps.count, done[-1].loss, speed))
+        totals = _run(model, steps, settings, place, observe, checkpoints)
     if torch.equal(start, model.weights):
         raise AdapterUnchanged(
             f"clinic {place.clinic} trained {steps.count} steps in round {place.round} and "
             "the adapter did not change; check training.learning_rate and adapter.target_modules"
         )
-    return _summary(done, time.perf_counter() - began)
-
-
-def _summary(done: Sequence[StepLoss], seconds: float) -> TrainingResult:
-    terms = sum(step.terms for step in done)
     return TrainingResult(
-        steps=len(done),
-        loss=sum(step.loss * step.terms for step in done) / max(1, terms),
-        target_tokens=sum(step.target_tokens for step in done),
-        tokens=sum(step.tokens for step in done),
-        seconds=seconds,
-        unusable_units=sum(step.unusable for step in done),
+        steps=totals.steps,
+        loss=totals.loss / max(1, totals.terms),
+        target_tokens=totals.target_tokens,
+        tokens=totals.tokens,
+        seconds=totals.seconds,
+        unusable_units=totals.unusable,
     )
+
+
+def _run(
+    model: AdaptedModel,
+    steps: Steps,
+    settings: TrainingSettings,
+    place: Place,
+    observe: Observer | None,
+    checkpoints: Checkpoints | None,
+) -> Totals:
+    """Take the steps that are left, and return what all of the round read."""
+    optimizer = build_optimizer(model.weights, settings)
+    standing = Standing(model, optimizer, steps)
+    totals = begun = Totals() if checkpoints is None else standing.begin(checkpoints)
+    first, total = (place.round - 1) * steps.count, place.rounds * steps.count
+    for step in range(begun.steps + 1, steps.count + 1):
+        began = time.perf_counter()
+        read = steps.compute(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, first + step - 1, total)
+        optimizer.step()
+        totals = totals.plus(read, time.perf_counter() - began)
+        if checkpoints is not None:
+            standing.offer(checkpoints, totals)
+        if observe is not None:
+            speed = (totals.tokens - begun.tokens) / (totals.seconds - begun.seconds)
+            observe(StepDone(place, step, steps.count, read.loss, speed))
+    return totals

@@ -5,7 +5,7 @@ micro-batches, so gradient accumulation changes memory and not the result.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -56,6 +56,13 @@ class PlainSteps:
         norm = self._constrain_gradient()
         self._require_finite(loss, float(norm), step, rows)
         return StepLoss(loss, targets, targets, sum(len(row) for row in rows))
+
+    def renew(self) -> dict[str, bytes]:
+        """Return nothing: batches follow from seeds that are no secret."""
+        return {}
+
+    def go_on(self, keys: Mapping[str, bytes]) -> None:
+        """Do nothing, for the same reason."""
 
     def _accumulate(self, rows: Sequence[EncodedExample]) -> tuple[float, int]:
         model = self._model

@@ -10,7 +10,7 @@ The number of units is taken as public, as usual: rate and number of steps follo
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ from fedpeft.errors import DataError
 from fedpeft.models import AdaptedModel
 from fedpeft.privacy.clipping import clipped
 from fedpeft.privacy.per_unit import UnitGradients
-from fedpeft.privacy.sampling import PoissonSampler
+from fedpeft.privacy.sampling import PoissonSampler, SecretDraws
 from fedpeft.privacy.skellam import round_to_grid
 from fedpeft.training.batches import round_steps
 from fedpeft.training.collate import collate
@@ -154,6 +154,19 @@ class PrivateSteps:
         self._model.gradient.copy_(self._total.div_(self._units.expected))
         add_proximal_term(self._model, self._start, self._proximal_mu)
         return read
+
+    def renew(self) -> dict[str, bytes]:
+        """Draw samples and noise from new keys from now on, and return these; **secret**."""
+        return {name: draws.renew() for name, draws in self._draws().items()}
+
+    def go_on(self, keys: Mapping[str, bytes]) -> None:
+        """Draw the samples and the noise that followed when :meth:`renew` returned ``keys``."""
+        for name, draws in self._draws().items():
+            draws.go_on(keys[name])
+
+    def _draws(self) -> dict[str, SecretDraws]:
+        named = {"sampler": self._private.sampler, "noise": self._private.noise}
+        return {name: each for name, each in named.items() if isinstance(each, SecretDraws)}
 
 
 def private_sum(

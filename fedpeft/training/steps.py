@@ -1,7 +1,7 @@
 """What the training loop asks of whoever computes the gradients of its steps."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,35 @@ class StepLoss:
     unusable: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What the first ``steps`` steps of a round read, added up in their order.
+
+    ``loss`` is the sum of the steps' losses times their terms, ``seconds`` the time that
+    they took, breaks between processes left out.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    terms: int = 0
+    target_tokens: int = 0
+    tokens: int = 0
+    unusable: int = 0
+    seconds: float = 0.0
+
+    def plus(self, step: StepLoss, seconds: float) -> "Totals":
+        """Return what it is after one more step."""
+        return Totals(
+            steps=self.steps + 1,
+            loss=self.loss + step.loss * step.terms,
+            terms=self.terms + step.terms,
+            target_tokens=self.target_tokens + step.target_tokens,
+            tokens=self.tokens + step.tokens,
+            unusable=self.unusable + step.unusable,
+            seconds=self.seconds + seconds,
+        )
+
+
 class Steps(Protocol):
     """The steps of one round, each of which leaves its gradient in ``model.gradient``."""
 
@@ -43,6 +72,14 @@ class Steps(Protocol):
 
     def compute(self, step: int) -> StepLoss:
         """Leave the gradient of ``step`` (from 1) in ``model.gradient``, ready to be used."""
+        ...
+
+    def renew(self) -> dict[str, bytes]:
+        """Draw from new secret keys from now on, and return them by name; empty: no secrets."""
+        ...
+
+    def go_on(self, keys: Mapping[str, bytes]) -> None:
+        """Draw what was drawn after :meth:`renew` had returned ``keys``."""
         ...
 
 

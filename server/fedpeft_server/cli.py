@@ -11,6 +11,8 @@ import typer
 
 from fedpeft.console import Program
 from fedpeft.errors import ConfigError, StorageError
+from fedpeft.watchdog import supervised
+from fedpeft_server import audit_log_command
 
 program = Program(
     "fedpeft-server",
@@ -73,21 +75,40 @@ def invite(
         f"wrote {target}, good once until {invitation.expires:%Y-%m-%d %H:%M} UTC; on the box: "
         f"fedpeft-client join {target.name} --dir ... --model ... --train ..."
     )
+    program.say(f"join shows these words, compare them by telephone: {site.words()}")
+
+
+@program.app.command()
+def fingerprint(
+    directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
+) -> None:
+    """Print the federation's words, which a clinic compares with its own by telephone.
+
+    Reads DIR; writes and sends nothing.
+    """
+    from fedpeft_server.site import open_site
+
+    typer.echo(open_site(directory).words())
 
 
 @program.app.command()
 def clinics(
     directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
 ) -> None:
-    """List the enrolled clinics, a line each: name, date of enrolment, fingerprint.
+    """List clinics and invitations: name, state, enrolled, last seen, expiry, fingerprint.
 
     Reads DIR/state; writes and sends nothing.
     """
+    from fedpeft_server.expiry import expiry_warnings
+    from fedpeft_server.roster import roster
     from fedpeft_server.site import open_site
 
-    for clinic in open_site(directory).enrolments().clinics():
-        identity = clinic.identity.fingerprint if clinic.identity else "must enrol again"
-        typer.echo(f"{clinic.name}\t{clinic.enrolled:%Y-%m-%d %H:%M} UTC\t{identity}")
+    site = open_site(directory)
+    enrolments = site.enrolments()
+    for entry in roster(enrolments):
+        typer.echo(entry.line())
+    for warning in expiry_warnings(site.authority, enrolments):
+        program.say(f"warning: {warning}")
 
 
 @program.app.command()
@@ -103,6 +124,58 @@ def remove(
 
     open_site(directory).enrolments().remove(name)
     program.say(f"removed {name}; a box that should come back needs a new invitation")
+
+
+@program.app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="the clinic's name")],
+    directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
+) -> None:
+    """Take back an invitation, or expel a clinic: its next call is refused, its keys for ever.
+
+    Reads and writes DIR/state; sends nothing.
+    """
+    from fedpeft_server.site import open_site
+
+    open_site(directory).enrolments().revoke(name)
+    program.say(
+        f"revoked {name}; its keys are never accepted again, and a box that should come back "
+        "needs a new invitation and an empty directory"
+    )
+
+
+@program.app.command()
+def rotate(
+    directory: Annotated[Path, typer.Option("--dir", help="the site")] = Path(),
+    identity: Annotated[
+        bool, typer.Option("--identity", help="renew the identity too; then start the server anew")
+    ] = False,
+) -> None:
+    """Renew the server's certificate, which a running server shows within 15 seconds.
+
+    With --identity the old identity signs that a new one takes its place; clinics follow
+    by themselves when the server is started with it. Reads and writes DIR/keys; sends
+    nothing.
+    """
+    from fedpeft_server.pki import renew_server_certificate
+    from fedpeft_server.site import open_site
+
+    site = open_site(directory)
+    if site.authority.issued is None:
+        renew_server_certificate(directory / "keys", site.listen.address)
+        ends = site.authority.server_certificate_expires()
+        program.say(f"the server's certificate is good until {ends:%Y-%m-%d}")
+    elif not identity:
+        raise ConfigError(
+            "the server's certificate is of the hospital's CA: ask that for a new one and "
+            "exchange the files that [tls] names, which a running server notices"
+        )
+    if identity:
+        renewed = site.renew_identity()
+        program.say(
+            f"the server's identity is now {renewed.fingerprint}; start the server anew, and "
+            "tell clinics that list policy.signers before that"
+        )
 
 
 @program.app.command()
@@ -126,7 +199,8 @@ def start(
     logging.captureWarnings(capture=True)
     signal.signal(signal.SIGTERM, _interrupt)
     results = out or directory / "run"
-    serve_federation(open_site(directory, overrides), results, program.say)
+    with supervised():
+        serve_federation(open_site(directory, overrides), results, program.say)
     program.say(f"finished; the adapter is in {(results / 'adapter').resolve()}")
 
 
@@ -139,6 +213,9 @@ def _seconds(text: str) -> float:
     if match is None or not int(match[1]):
         raise ConfigError(f"--expires {text!r} is no period; write 30m, 48h or 7d")
     return int(match[1]) * _UNITS_S[match[2]]
+
+
+program.app.add_typer(audit_log_command.app, name="audit-log")
 
 
 def run() -> None:

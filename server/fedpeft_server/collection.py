@@ -43,11 +43,16 @@ class ConfidentialityRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
-    """What all answers together report: training rows, and loss (nats) over target tokens."""
+    """What all answers together report: training rows, and loss (nats) over target tokens.
+
+    Of ``verdicts`` clinics that tell, ``accepted`` have taken the adapter into use.
+    """
 
     rows: int = 0
     nll: float = 0.0
     tokens: int = 0
+    verdicts: int = 0
+    accepted: int = 0
 
     @property
     def loss(self) -> float | None:
@@ -60,6 +65,8 @@ class Sums:
             rows=self.rows + other.rows,
             nll=self.nll + other.nll,
             tokens=self.tokens + other.tokens,
+            verdicts=self.verdicts + other.verdicts,
+            accepted=self.accepted + other.accepted,
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fedpeft.adapters import Mixing
 from fedpeft.errors import AdapterNotHeld
 from fedpeft.protocol import ADAPTER, CONTENT_KEY, JOB, Job, Payload, raw
+from fedpeft.protocol.lineage import LINEAGE, SignedLineage
 from fedpeft.protocol.parcel import Held, change, whole
 from fedpeft.sealing import seal_broadcast
 from fedpeft_server.channel import Accept, Channel, Letter
@@ -19,12 +20,14 @@ from fedpeft_server.channel import Accept, Channel, Letter
 class Order:
     """What all clinics are asked: a job on an adapter.
 
-    ``mixing`` may say how the adapter follows from the one before.
+    ``mixing`` may say how the adapter follows from the one before, and ``lineage`` is the
+    signed file on what made it, to be kept beside it; None: it is not to be kept.
     """
 
     job: Job
     held: Held
     mixing: Mixing | None = None
+    lineage: SignedLineage | None = None
 
 
 class Delivery:
@@ -77,6 +80,8 @@ class Delivery:
     def _letters(self, order: Order, clinics: Mapping[int, str]) -> dict[int, Letter]:
         """Return the letters by node; clinics that hold the same get the same parcel."""
         fields = {JOB: order.job.to_json(), ADAPTER: order.held.digest}
+        if order.lineage is not None:
+            fields[LINEAGE] = order.lineage.to_bytes().decode()
         printed: dict[str, Letter] = {}
         letters: dict[int, Letter] = {}
         for node, name in clinics.items():

@@ -11,8 +11,6 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Generator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal
@@ -22,38 +20,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.config import NAME_PATTERN
-from fedpeft.errors import EnrolmentError, SealingError, StorageError
+from fedpeft.errors import EnrolmentError, SealingError
 from fedpeft.sealing.identity import PublicIdentity
 from fedpeft.sealing.possession import check_possession
+from fedpeft_server.enrolment_file import EnrolmentFile
 from fedpeft_server.invitation import Invitation
+from fedpeft_server.retired_keys import require_fresh, retire, taken_keys_explained
 
-SCHEMA_VERSION = 2
+KEY_DAYS: Final = 730
+"""For how long a clinic's keys are good; renewing them starts it anew."""
 _TOKEN_BYTES = 32
 _NAME = re.compile(NAME_PATTERN)
-_TABLES = """
-CREATE TABLE invitations (
-    id TEXT PRIMARY KEY,
-    token_sha256 BLOB NOT NULL,
-    name TEXT NOT NULL UNIQUE,
-    expires_at REAL NOT NULL,
-    used_at REAL,
-    used_key TEXT
-) STRICT;
-CREATE TABLE clinics (
-    name TEXT PRIMARY KEY,
-    public_key TEXT NOT NULL UNIQUE,
-    node_id TEXT,
-    enrolled_at REAL NOT NULL
-) STRICT;
-"""
-# Schema 2. A clinic of schema 1 keeps NULL: nothing can be sealed to it until it enrols
-# again. The first 44 characters are version and signing key (33 bytes), the part that its
-# owner proves to hold and that other clinics know it by, so no two clinics may share it.
-_IDENTITIES = """
-ALTER TABLE clinics ADD COLUMN identity TEXT;
-CREATE UNIQUE INDEX clinics_signing_key ON clinics (substr(identity, 1, 44));
-"""
-_UPGRADES: Final = {0: _TABLES + _IDENTITIES, 1: _IDENTITIES}
 
 Refusal = Literal["unknown", "expired", "used"]
 
@@ -83,7 +60,7 @@ class Clinic:
     """A clinic that has enrolled; ``node_id`` is None until the server has seen it.
 
     ``identity`` is None for a clinic that enrolled with a release before sealing:
-    it must enrol again.
+    it must enrol again. ``seen`` is when it last proved its key, to a minute or so.
     """
 
     name: str
@@ -91,6 +68,12 @@ class Clinic:
     identity: PublicIdentity | None
     node_id: int | None
     enrolled: datetime.datetime
+    keys_expire: datetime.datetime
+    seen: datetime.datetime | None = None
+
+    def is_member(self, now: datetime.datetime) -> bool:
+        """Say whether it may take part at ``now``: it has an identity, and keys that are good."""
+        return self.identity is not None and now < self.keys_expire
 
 
 class Enrolments:
@@ -121,30 +104,11 @@ class Enrolments:
         Raises:
             StorageError: it cannot be opened, or a newer fedpeft wrote it.
         """
-        self._path = path
         self._federation = federation
         self._server = server
         self._ca_pem = ca_pem
         self._identity = identity
-        try:
-            path.touch(mode=0o600)
-            with self._transaction() as database:
-                version = database.execute("PRAGMA user_version").fetchone()[0]
-                if version in _UPGRADES:
-                    for statement in _UPGRADES[version].split(";"):
-                        database.execute(statement)
-                    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                    version = SCHEMA_VERSION
-        except (OSError, sqlite3.Error) as error:
-            raise StorageError(
-                f"the enrolment file {path} cannot be used ({error}): "
-                "check its rights, or restore it from the backup"
-            ) from error
-        if version != SCHEMA_VERSION:
-            raise StorageError(
-                f"the enrolment file {path} has schema {version}, but this fedpeft knows "
-                f"{SCHEMA_VERSION} only: use the fedpeft version that wrote it"
-            )
+        self._file = EnrolmentFile(path)
 
     @property
     def federation(self) -> str:
@@ -173,7 +137,7 @@ class Enrolments:
             )
         token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(_TOKEN_BYTES)
         expires_at = time.time() + expires_in_s
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             taken = database.execute("SELECT 1 FROM clinics WHERE name = ?", (name,)).fetchone()
             if taken:
                 raise EnrolmentError(
@@ -193,7 +157,7 @@ class Enrolments:
             fingerprint=fingerprint,
             identity=self._identity,
             token=f"{token_id}.{secret}",
-            expires=datetime.datetime.fromtimestamp(expires_at, datetime.UTC),
+            expires=_moment(expires_at),
         )
 
     def redeem(
@@ -231,7 +195,7 @@ class Enrolments:
         )
         shown = (key, identity.to_text())
         token_id, _, secret = token.partition(".")
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             row = database.execute(
                 "SELECT token_sha256, name, expires_at, used_key FROM invitations WHERE id = ?",
                 (token_id,),
@@ -260,7 +224,7 @@ class Enrolments:
         Raises:
             EnrolmentError: no clinic has that name.
         """
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             removed = database.execute("DELETE FROM clinics WHERE name = ?", (name,)).rowcount
             database.execute("DELETE FROM invitations WHERE name = ?", (name,))
             if not removed:
@@ -268,15 +232,78 @@ class Enrolments:
                     f"no clinic named {name!r} is enrolled: fedpeft-server clinics lists the names"
                 )
 
+    def revoke(self, name: str) -> None:
+        """Take back an open invitation, or expel a clinic whose keys shall never come back.
+
+        The clinic's next call is refused. Its name is free for a new invitation.
+
+        Raises:
+            EnrolmentError: no clinic and no open invitation has that name.
+        """
+        with self._file.transaction() as database:
+            retired = retire(database, name, "revoked", time.time())
+            database.execute("DELETE FROM clinics WHERE name = ?", (name,))
+            taken_back = database.execute(
+                "DELETE FROM invitations WHERE name = ?", (name,)
+            ).rowcount
+            if not retired and not taken_back:
+                raise EnrolmentError(
+                    f"no clinic and no invitation is named {name!r}: "
+                    "fedpeft-server clinics lists the names"
+                )
+
+    def renew(self, name: str, shown: tuple[str, str], now: float | None = None) -> str:
+        """Exchange a clinic's connection key (canonical PEM) and identity (text) for new ones.
+
+        That the clinic asked for it was proved before. The old ones never come back.
+
+        Returns:
+            The old connection key; empty if the clinic has the new ones already.
+
+        Raises:
+            EnrolmentError: no clinic has that name, or the keys belong or belonged to another.
+        """
+        moment = time.time() if now is None else now
+        key, identity = shown
+        with self._file.transaction() as database:
+            old = self._enrolled_with(database, name)
+            if old is None:
+                raise EnrolmentError(f"no clinic named {name!r} is enrolled: it must join anew")
+            if old == shown:
+                return ""  # the answer was lost on the way, and the clinic asks again
+            require_fresh(database, key, identity)
+            retire(database, name, "renewed", moment, kept_identity=identity)
+            with taken_keys_explained():
+                database.execute(
+                    "UPDATE clinics SET public_key = ?, identity = ?, keys_at = ? WHERE name = ?",
+                    (key, identity, moment, name),
+                )
+        return old[0]
+
+    def saw(self, public_key: str, now: float | None = None) -> None:
+        """Note that the holder of a connection key (PEM) was here."""
+        moment = time.time() if now is None else now
+        with self._file.transaction() as database:
+            database.execute(
+                "UPDATE clinics SET seen_at = ? WHERE public_key = ?", (moment, public_key)
+            )
+
+    def stamp(self) -> tuple[int, ...]:
+        """Return numbers that change when the clinics do."""
+        return self._file.stamp()
+
     def members(self) -> list[Clinic]:
-        """Return the clinics that may take part, by name: those with an identity."""
-        return [clinic for clinic in self.clinics() if clinic.identity is not None]
+        """Return the clinics that may take part, by name: those with an identity and good keys."""
+        now = datetime.datetime.now(datetime.UTC)
+        return [clinic for clinic in self.clinics() if clinic.is_member(now)]
 
     def clinics(self) -> list[Clinic]:
         """Return all enrolled clinics, by name."""
-        with self._transaction("DEFERRED") as database:
+        with self._file.transaction("DEFERRED") as database:
             rows = database.execute(
-                "SELECT name, public_key, identity, node_id, enrolled_at FROM clinics ORDER BY name"
+                "SELECT name, public_key, identity, node_id, enrolled_at, "
+                "coalesce(keys_at, enrolled_at), seen_at "
+                "FROM clinics ORDER BY name"
             ).fetchall()
         return [
             Clinic(
@@ -284,14 +311,32 @@ class Enrolments:
                 public_key=public_key,
                 identity=None if identity is None else PublicIdentity.from_text(identity),
                 node_id=None if node_id is None else int(node_id),
-                enrolled=datetime.datetime.fromtimestamp(enrolled_at, datetime.UTC),
+                enrolled=_moment(enrolled_at),
+                keys_expire=_moment(keys_at) + datetime.timedelta(days=KEY_DAYS),
+                seen=None if seen_at is None else _moment(seen_at),
             )
-            for name, public_key, identity, node_id, enrolled_at in rows
+            for name, public_key, identity, node_id, enrolled_at, keys_at, seen_at in rows
         ]
+
+    def invitations(self) -> list[tuple[str, datetime.datetime]]:
+        """Return name and expiry of the invitations that nobody has taken up, by name."""
+        with self._file.transaction("DEFERRED") as database:
+            rows = database.execute(
+                "SELECT name, expires_at FROM invitations WHERE used_at IS NULL ORDER BY name"
+            ).fetchall()
+        return [(name, _moment(expires_at)) for name, expires_at in rows]
+
+    def revoked(self) -> list[tuple[str, datetime.datetime]]:
+        """Return the names of the clinics that were revoked, and when, the first of them first."""
+        with self._file.transaction("DEFERRED") as database:
+            rows = database.execute(
+                "SELECT name, retired_at FROM retired WHERE why = 'revoked' ORDER BY retired_at"
+            ).fetchall()
+        return [(name, _moment(retired_at)) for name, retired_at in rows]
 
     def set_node_id(self, name: str, node_id: int) -> None:
         """Note the id by which the server's message store knows a clinic."""
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             # As text: node ids are unsigned 64-bit, SQLite's integers are signed.
             database.execute("UPDATE clinics SET node_id = ? WHERE name = ?", (str(node_id), name))
 
@@ -304,28 +349,13 @@ class Enrolments:
     def _add_clinic(
         database: sqlite3.Connection, name: str, key: str, identity: str, moment: float
     ) -> None:
-        try:
+        require_fresh(database, key, identity)
+        with taken_keys_explained():
             database.execute(
-                "INSERT INTO clinics (name, public_key, identity, enrolled_at) VALUES (?, ?, ?, ?)",
-                (name, key, identity, moment),
+                "INSERT INTO clinics (name, public_key, identity, enrolled_at, keys_at) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (name, key, identity, moment, moment),
             )
-        except sqlite3.IntegrityError as error:
-            raise EnrolmentError(
-                "this machine's keys already belong to an enrolled clinic: "
-                "join with an empty directory, so that new keys are made"
-            ) from error
-
-    @contextmanager
-    def _transaction(self, mode: str = "IMMEDIATE") -> Generator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._path, timeout=10, isolation_level=None)) as database:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute(f"BEGIN {mode}")
-            try:
-                yield database
-            except BaseException:
-                database.execute("ROLLBACK")
-                raise
-            database.execute("COMMIT")
 
 
 def canonical_public_key(pem: str) -> str:
@@ -356,6 +386,10 @@ def _identity(text: str) -> PublicIdentity:
         raise EnrolmentError(
             "what was sent is not a public identity: join again with this fedpeft version"
         ) from error
+
+
+def _moment(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
 
 def _sha256(text: str) -> bytes:

@@ -27,6 +27,7 @@ from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
 
 from fedpeft.errors import FederationError
+from fedpeft.watchdog import came_round
 
 Arrival = Callable[[int, Message], None]
 """Called with the node id and the reply, in the thread that waits for replies."""
@@ -98,6 +99,7 @@ class FederationGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the enrolled clinics that are online now."""
+        came_round()
         return list(self._connected())
 
     def node_of(self, reply: Message) -> int:
@@ -137,6 +139,7 @@ class FederationGrid(Grid):
         Raises:
             FederationError: the run is over.
         """
+        came_round()
         self._check_running()
         wanted = set(message_ids)
         unanswered = wanted - self._uploads.keys()

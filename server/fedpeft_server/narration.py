@@ -16,8 +16,15 @@ def round_sentence(record: RoundRecord, rounds: int) -> str:
     return (
         f"round {record.round}/{rounds}: {len(record.participants)} clinics, training loss "
         f"{_loss(record.train_loss)}, validation loss {valid}, {record.bytes_up / 1e6:.2f} MB up, "
-        f"{record.bytes_down / 1e6:.2f} MB down, {record.seconds:.1f} s{_epsilons(record)}"
+        f"{record.bytes_down / 1e6:.2f} MB down, {record.seconds:.1f} s{_verdicts(record)}"
+        f"{_epsilons(record)}"
     )
+
+
+def _verdicts(record: RoundRecord) -> str:
+    """Return how many of the clinics that tell have taken the adapter into use."""
+    told = record.verdicts
+    return f"; {record.accepted} of {told} clinics that tell use it" if told else ""
 
 
 def _loss(loss: float | None) -> str:

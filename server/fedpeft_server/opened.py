@@ -16,6 +16,7 @@ from fedpeft.protocol import (
     TRAIN_TOKENS,
     VALID_NLL,
     VALID_TOKENS,
+    VERDICT,
     Job,
     Payload,
 )
@@ -62,7 +63,7 @@ class OpenedCollector:
                 sums = self._trained(name, payload, job, sink)
                 found.privacy.update(told)
             else:
-                sums = _measured(name, payload)
+                sums = _measured(name, payload, job)
                 found.max_ranks.update(max_rank_of(name, payload))
             found.sums[name] = sums
 
@@ -121,10 +122,17 @@ class _Found:
     max_ranks: dict[str, int] = field(default_factory=dict[str, int])
 
 
-def _measured(name: str, payload: Payload) -> Sums:
+def _measured(name: str, payload: Payload, job: Job) -> Sums:
     source = f"clinic {name}"
+    told = VERDICT in payload.fields
+    verdict = _number(payload, VERDICT, source) if told else 0
+    if verdict not in (0, 1) or (told and not job.asks_verdict):
+        raise AdapterError(f"{source} reports no usable {VERDICT}; its answer is not used")
     return Sums(
-        nll=_number(payload, VALID_NLL, source), tokens=int(_number(payload, VALID_TOKENS, source))
+        nll=_number(payload, VALID_NLL, source),
+        tokens=int(_number(payload, VALID_TOKENS, source)),
+        verdicts=int(told),
+        accepted=int(verdict),
     )
 
 

@@ -1,7 +1,8 @@
-"""The federation's own certificate authority, and the server certificate it signs.
+"""The server's certificate, and the authority that clinics recognise it by.
 
-Clinics trust this authority alone, by the copy in their invitation, so no
-public CA and no name service can speak for the server. Must not know Flower.
+That is the federation's own, made here, or the hospital's, whose files are only used.
+Clinics trust this authority alone, by the copy in their invitation, so no public CA and
+no name service can speak for the server. Must not know Flower.
 """
 
 import datetime
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Self
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from fedpeft.errors import ConfigError, StorageError
 from fedpeft.storage import write_atomically, write_once
@@ -25,15 +28,28 @@ _BACKDATED_DAYS = 1
 
 
 @dataclass(frozen=True)
+class Issued:
+    """Where the files lie that the hospital's own certificate authority gave out."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+@dataclass(frozen=True)
 class Authority:
-    """Where the certificate authority and the server certificate lie."""
+    """Where the certificate authority and the server certificate lie.
+
+    ``issued`` names the hospital's; without it they are the federation's own.
+    """
 
     directory: Path
+    issued: Issued | None = None
 
     @property
     def ca_certificate(self) -> Path:
         """The CA certificate, PEM; not secret."""
-        return self.directory / "ca.pem"
+        return self.issued.ca if self.issued else self.directory / "ca.pem"
 
     @property
     def ca_key(self) -> Path:
@@ -42,34 +58,30 @@ class Authority:
 
     @property
     def server_certificate(self) -> Path:
-        """The server certificate, PEM; not secret."""
-        return self.directory / "server.pem"
+        """The server certificate, PEM, with those between it and the CA; not secret."""
+        return self.issued.certificate if self.issued else self.directory / "server.pem"
 
     @property
     def server_key(self) -> Path:
         """The server's private key, PEM."""
-        return self.directory / "server.key"
+        return self.issued.key if self.issued else self.directory / "server.key"
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Find an authority made by :func:`create_authority`.
+    def load(cls, directory: Path, issued: Issued | None = None) -> Self:
+        """Find an authority made by :func:`create_authority`, or the hospital's files.
 
         Raises:
             StorageError: a file is missing, or a private key is open to other users.
         """
-        found = cls(directory)
-        for path in (
-            found.ca_certificate,
-            found.ca_key,
-            found.server_certificate,
-            found.server_key,
-        ):
+        found = cls(directory, issued)
+        private = (found.server_key,) if issued else (found.server_key, found.ca_key)
+        for path in (found.ca_certificate, found.server_certificate, *private):
             if not path.is_file():
                 raise StorageError(
                     f"{path} is missing, so the server cannot prove who it is: "
                     "restore it from the backup, or set the server up again"
                 )
-        for path in (found.ca_key, found.server_key):
+        for path in private:
             if path.stat().st_mode & 0o077:
                 raise StorageError(
                     f"{path} can be read by other users of this machine: run `chmod 600 {path}`"
@@ -89,6 +101,35 @@ class Authority:
         """Return the moment (UTC) after which clinics refuse the server certificate."""
         certificate = x509.load_pem_x509_certificate(self.server_certificate.read_bytes())
         return certificate.not_valid_after_utc
+
+    def ca_expires(self) -> datetime.datetime:
+        """Return the moment (UTC) after which clinics refuse whatever the CA has signed."""
+        certificate = x509.load_pem_x509_certificate(self.ca_certificate.read_bytes())
+        return certificate.not_valid_after_utc
+
+    def require_usable(self, address: str) -> None:
+        """Check certificate, key and CA as a clinic will that connects to ``address``.
+
+        Raises:
+            ConfigError: ``address`` is none, or the three do not fit each other or it.
+        """
+        host, _ = split_address(address)
+        ip = _as_ip(host)
+        name = x509.DNSName(host) if ip is None else x509.IPAddress(ip)
+        try:
+            roots = x509.load_pem_x509_certificates(self.ca_certificate.read_bytes())
+            leaf, *between = x509.load_pem_x509_certificates(self.server_certificate.read_bytes())
+            key = serialization.load_pem_private_key(self.server_key.read_bytes(), None)
+            if key.public_key() != leaf.public_key():
+                raise VerificationError("the key is of another certificate")
+            verifier = PolicyBuilder().store(Store(roots)).build_server_verifier(name)
+            verifier.verify(leaf, between)
+        except (ValueError, TypeError, UnsupportedAlgorithm, VerificationError) as error:
+            raise ConfigError(
+                f"{self.server_certificate} with {self.server_key} proves to no clinic that it is "
+                f"{host} by the authority in {self.ca_certificate} ({error}): ask the hospital's "
+                "CA for a server certificate of that name, and name its files in [tls]"
+            ) from error
 
 
 def create_authority(directory: Path, address: str) -> Authority:

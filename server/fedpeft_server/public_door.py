@@ -10,8 +10,7 @@ import base64
 import binascii
 import json
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
@@ -20,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from fedpeft.errors import EnrolmentError, FedpeftError
 from fedpeft_server.enrolment import InvitationRefused
+from fedpeft_server.rate_limit import EnrolmentLimit
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -44,6 +44,8 @@ FLEET_PATHS: Final = frozenset(
 )
 HEALTH_PATH: Final = "/health"
 ENROL_PATH: Final = "/v1/enrol"
+RENEW_PATH: Final = "/v1/renew"
+SUCCESSION_PATH: Final = "/v1/succession"
 
 _KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.encode("ascii")
 _ENROL_MAX_BYTES: Final = 8192
@@ -51,6 +53,7 @@ _ENROL_BODY_TIMEOUT_S: Final = 10.0
 _FLEET_BODY_TIMEOUT_S: Final = 300.0
 _REFUSAL_STATUS: Final = {"unknown": 403, "expired": 410, "used": 409}
 _MEMBERS_FRESH_S: Final = 1.0
+_SEEN_EVERY_S: Final = 60.0
 
 
 class _Refused(Exception):
@@ -58,30 +61,6 @@ class _Refused(Exception):
         super().__init__(reason)
         self.status = status
         self.reason = reason
-
-
-class RateLimiter:
-    """At most ``attempts`` in ``period_s`` seconds for one source, and few sources in memory."""
-
-    def __init__(self, attempts: int, period_s: float, *, max_sources: int = 4096) -> None:
-        self._attempts = attempts
-        self._period_s = period_s
-        self._max_sources = max_sources
-        self._seen: dict[str, deque[float]] = {}
-
-    def allow(self, source: str, now: float) -> bool:
-        """Count one attempt at ``now`` (monotonic seconds) and say whether it may go on."""
-        recent = self._seen.pop(source, None) or deque[float]()
-        while recent and recent[0] <= now - self._period_s:
-            recent.popleft()
-        allowed = len(recent) < self._attempts
-        if allowed:
-            recent.append(now)
-        # Re-inserting keeps the sources in order of their last attempt.
-        self._seen[source] = recent
-        while len(self._seen) > self._max_sources:
-            del self._seen[next(iter(self._seen))]
-        return allowed
 
 
 class PublicDoor:
@@ -92,7 +71,11 @@ class PublicDoor:
         flower: Application,
         *,
         member_keys: Callable[[], frozenset[bytes]],
+        member_stamp: Callable[[], tuple[int, ...]],
+        saw: Callable[[bytes], None],
         enrol: Callable[[str, str, str, str], dict[str, str]],
+        renew: Callable[[str], dict[str, str]],
+        succession: Sequence[str],
         max_request_bytes: int,
         max_message_bytes: int,
         enrol_attempts_per_minute: int = 10,
@@ -102,10 +85,17 @@ class PublicDoor:
         Args:
             flower: Flower's own application.
             member_keys: the enrolled public keys, PEM; called in a worker
-                thread, at most once a second.
+                thread, when ``member_stamp`` changed and at most a second later.
+            member_stamp: numbers that change when a clinic comes or goes; called
+                for every request.
+            saw: told of a member key (PEM) that proved itself, at most once a
+                minute for each; called in a worker thread.
             enrol: takes a token, a public key (PEM), a public identity and the
                 proof of its possession, returns the JSON answer, or raises
                 EnrolmentError; called in a worker thread.
+            renew: takes a clinic's statement about its new keys, else like ``enrol``.
+            succession: the statements by which this server's identity came into
+                the place of older ones, for everybody to read.
             max_request_bytes: cap on one HTTP body, however it is framed.
             max_message_bytes: cap on all objects of one reply of one clinic.
             enrol_attempts_per_minute: for one network address.
@@ -113,9 +103,15 @@ class PublicDoor:
         self._flower = flower
         self._member_keys = member_keys
         self._enrol = enrol
+        self._renew = renew
+        self._succession = list(succession)
         self._max_request_bytes = max_request_bytes
         self._max_message_bytes = max_message_bytes
-        self._limiter = RateLimiter(enrol_attempts_per_minute, 60.0)
+        self._limiter = EnrolmentLimit(enrol_attempts_per_minute)
+        self._member_stamp = member_stamp
+        self._members_stamp: tuple[int, ...] = ()
+        self._saw = saw
+        self._seen_at: dict[bytes, float] = {}
         self._members: frozenset[bytes] = frozenset()
         self._members_read_at = float("-inf")
         self._uploaded: dict[bytes, int] = {}
@@ -137,6 +133,10 @@ class PublicDoor:
             await _answer(send, 200, {"status": "ok"}, keep=True)
         elif path == ENROL_PATH and method == "POST":
             await self._enrolment(scope, receive, send)
+        elif path == RENEW_PATH and method == "POST":
+            await self._renewal(scope, receive, send)
+        elif path == SUCCESSION_PATH and method == "GET":
+            await _answer(send, 200, {"succession": self._succession})
         else:
             raise _Refused(404, "not-found")
 
@@ -156,6 +156,7 @@ class PublicDoor:
             # A 200 proves the signature; until then the key is only a claim,
             # and a claim must not use up someone else's allowance.
             if event["type"] == "http.response.start" and event["status"] == 200:
+                await self._note_seen(key)
                 if path == PUSH_OBJECT:
                     self._uploaded[key] = self._uploaded.get(key, 0) + len(body)
                 elif path == PUSH_MESSAGES:
@@ -164,27 +165,46 @@ class PublicDoor:
 
         await self._flower(scope, _replay(body, receive), counted_send)
 
+    async def _note_seen(self, key: bytes) -> None:
+        now = time.monotonic()
+        if now - self._seen_at.get(key, float("-inf")) > _SEEN_EVERY_S:
+            self._seen_at[key] = now
+            await asyncio.to_thread(self._saw, key)
+
     async def _member(self, scope: Scope) -> bytes:
         claimed = next((value for name, value in scope["headers"] if name == _KEY_HEADER), b"")
         try:
             key = base64.b64decode(claimed, validate=True)
         except binascii.Error as error:
             raise _Refused(401, "not-enrolled") from error
-        now = time.monotonic()
-        if now - self._members_read_at > _MEMBERS_FRESH_S:
+        now, stamp = time.monotonic(), self._member_stamp()
+        if stamp != self._members_stamp or now - self._members_read_at > _MEMBERS_FRESH_S:
             self._members = await asyncio.to_thread(self._member_keys)
             # Only now: another request may have come while the keys were read.
-            self._members_read_at = now
+            self._members_read_at, self._members_stamp = now, stamp
         if key not in self._members:
             raise _Refused(401, "not-enrolled")
         return key
 
-    async def _enrolment(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _renewal(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await self._body_of_a_stranger(scope, receive)
+        try:
+            answer = await asyncio.to_thread(self._renew, body.decode("utf-8", "replace"))
+        except EnrolmentError as error:
+            raise _Refused(403, "not-renewed") from error
+        except FedpeftError as error:
+            raise _Refused(503, error.reason) from error
+        self._members_read_at = float("-inf")
+        await _answer(send, 200, answer)
+
+    async def _body_of_a_stranger(self, scope: Scope, receive: Receive) -> bytes:
         source = scope["client"][0] if scope.get("client") else ""
         if not self._limiter.allow(source, time.monotonic()):
             raise _Refused(429, "too-many-attempts")
-        body = await _read_body(scope, receive, _ENROL_MAX_BYTES, _ENROL_BODY_TIMEOUT_S)
-        fields = _enrolment_fields(body)
+        return await _read_body(scope, receive, _ENROL_MAX_BYTES, _ENROL_BODY_TIMEOUT_S)
+
+    async def _enrolment(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fields = _enrolment_fields(await self._body_of_a_stranger(scope, receive))
         try:
             answer = await asyncio.to_thread(self._enrol, *fields)
         except InvitationRefused as error:
@@ -257,7 +277,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _answer(send: Send, status: int, document: dict[str, str], *, keep: bool = False) -> None:
+async def _answer(
+    send: Send, status: int, document: Mapping[str, str | list[str]], *, keep: bool = False
+) -> None:
     body = json.dumps(document).encode()
     headers = [
         (b"content-type", b"application/json"),

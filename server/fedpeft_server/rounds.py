@@ -14,6 +14,7 @@ from fedpeft.config import FederationSettings
 from fedpeft.errors import LASTING_REASONS, FederationError, TooFewClinics
 from fedpeft.models import initial_state
 from fedpeft.protocol import EVALUATE, TRAIN, Job, RankTerms
+from fedpeft.protocol.lineage import SignedLineage
 from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
 from fedpeft.secagg.threshold import floor_of
@@ -21,6 +22,7 @@ from fedpeft_server.channel import Channel
 from fedpeft_server.collection import Collected, Collector, Kind, Sink
 from fedpeft_server.delivery import Delivery, Order
 from fedpeft_server.intake import Intake
+from fedpeft_server.lineage import Made, Scribe
 from fedpeft_server.link import Link
 from fedpeft_server.opened import OpenedCollector
 from fedpeft_server.outcome import Outcome
@@ -30,6 +32,7 @@ from fedpeft_server.ranks import RankPlan
 from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
 from fedpeft_server.shield import shield_of
 from fedpeft_server.summed import SummedCollector
+from fedpeft_server.trail import Trail
 from fedpeft_server.watcher import Watcher
 from fedpeft_strategies.strategy import Fold, Strategy
 
@@ -47,6 +50,7 @@ class Federation:
         directory: RunDirectory,
         watcher: Watcher,
         identity: Identity,
+        trail: Trail | None = None,
     ) -> None:
         self._settings = settings
         self._schema = schema
@@ -59,6 +63,7 @@ class Federation:
         hidden = settings.aggregation.confidentiality == "secagg"
         self._ranks = RankPlan(strategy.ranks, settings.adapter.rank, hidden=hidden)
         self._cautioned = ""
+        self._scribe = Scribe(settings, identity, directory, trail)
 
     def run(self, link: Link) -> None:
         """Run the rounds that are not finished yet.
@@ -77,8 +82,10 @@ class Federation:
             start = initial_state(self._schema, self._settings.training.seed)
             standing, last = _Standing(self._strategy.start(start)), 0
             watch = _Stopwatch(link)
+            outcome = self._outcome(standing)
+            standing = self._told(Made(round=0), standing, outcome)
             base = self._insist(link, collector, last, EVALUATE, standing)[0]
-            self._finish(last, watch, None, base, standing)
+            self._finish(last, watch, None, base, standing, outcome)
         else:
             standing = self._go_on(last)
         if released := self._directory.released():
@@ -89,8 +96,11 @@ class Federation:
             watch = _Stopwatch(link)
             trained, fold = self._insist(link, collector, number, TRAIN, standing)
             half, standing = self._aggregate(number, trained, fold, standing)
+            made = Made(round=number, participants=trained.participants, privacy=half.privacy)
+            outcome = self._outcome(standing)
+            standing = self._told(made, standing, outcome)
             evaluated = self._collect(link, collector, number, 1, EVALUATE, standing, _nowhere)
-            self._finish(number, watch, half, evaluated, standing)
+            self._finish(number, watch, half, evaluated, standing, outcome)
         records = self._directory.records()
         if passed := beyond_goal(self._settings, [record.privacy for record in records]):
             self._watcher.warned(passed)
@@ -100,6 +110,17 @@ class Federation:
                 "itself; the results are the adapters that lie at the clinics"
             )
         self._watcher.finished(records)
+
+    def _told(self, made: Made, standing: "_Standing", outcome: Outcome) -> "_Standing":
+        """Return ``standing`` with the signed lineage of its adapter."""
+        return replace(standing, lineage=self._scribe.signed(made, outcome))
+
+    def _outcome(self, standing: "_Standing") -> Outcome:
+        return Outcome(
+            adapter=standing.adapter,
+            memory=self._strategy.memory(),
+            increments=standing.increments,
+        )
 
     def _go_on(self, last: int) -> "_Standing":
         """Take over where the last finished round ended."""
@@ -205,12 +226,14 @@ class Federation:
         if not nodes:
             return Collected()
         names = link.names()
+        self._scribe.meet(link)
         asked = sorted(names[node] for node in nodes)
         job = self._job(
             number, self._terms([name for name in asked if name not in failed] or asked), standing
         )
         self._watcher.asked(number, kind, asked)
-        order = Order(job, standing.held, standing.mixing)
+        kept = standing.lineage if kind == EVALUATE else None
+        order = Order(job, standing.held, standing.mixing, kept)
         collected = collector.collect(kind, number, attempt, order, nodes, sink)
         self._ranks.heard(collected.max_ranks)
         return replace(collected, ranks=job.ranks)
@@ -251,6 +274,7 @@ class Federation:
         half: "_Half | None",
         evaluated: Collected,
         standing: "_Standing",
+        outcome: Outcome,
     ) -> None:
         """Make the round durable and say so; ``half`` is None in round 0."""
         trained = half.trained if half else Collected()
@@ -272,13 +296,15 @@ class Federation:
             product_error=half.product_error if half else None,
             ranks=trained.ranks,
             max_ranks=evaluated.max_ranks,
+            verdicts=evaluated.sums.verdicts,
+            accepted=evaluated.sums.accepted,
         )
-        outcome = Outcome(
-            adapter=standing.adapter,
-            memory=self._strategy.memory(),
-            increments=standing.increments,
+        self._directory.save_round(
+            record,
+            outcome,
+            new=half.new_increments if half else 0,
+            lineage=standing.lineage,
         )
-        self._directory.save_round(record, outcome, new=half.new_increments if half else 0)
         self._follow(record)
         self._watcher.round_finished(record)
 
@@ -350,6 +376,7 @@ class Federation:
             sends=sends,
             ranks=ranks,
             base_change=tuple(one.digest for one in standing.held.increments),
+            asks_verdict=self._settings.rounds.ask_verdicts,
             round=number,
             rounds=self._settings.rounds.count,
         )
@@ -366,6 +393,7 @@ class _Standing:
     adapter: AdapterState
     increments: tuple[AdapterState, ...] = ()
     mixing: Mixing | None = None
+    lineage: SignedLineage | None = None
 
     @cached_property
     def held(self) -> Held:

@@ -2,6 +2,7 @@
 
     run.json                what the run is, to recognise it when it goes on
     rounds/N/adapter/       the adapter after round N (stock PEFT; N = 0: the start)
+    rounds/N/adapter/lineage.json   what made it, signed by the server
     rounds/N/trained/       only if the base model was changed: the adapter on the changed base
     rounds/N/round.json     what happened in round N
     rounds/N/strategy.safetensors   what the strategy must not forget, if anything
@@ -32,9 +33,11 @@ from fedpeft.adapters import (
     load_adapter,
     save_adapter,
 )
+from fedpeft.adapters.peft_directory import WEIGHTS_FILE
 from fedpeft.config import FederationSettings
 from fedpeft.errors import StorageError
 from fedpeft.protocol import RankTerms
+from fedpeft.protocol.lineage import LINEAGE_FILE, SignedLineage, read_lineage
 from fedpeft.storage import explained, sync_directory, write_atomically
 from fedpeft_server.collection import ConfidentialityRecord
 from fedpeft_server.outcome import Outcome, load_memory, load_product, save_outcome
@@ -44,7 +47,7 @@ SCHEMA = 1
 _BESIDE = {"data", "logs", "compared", "ledgers", "personal"}
 """What simulations put beside a run."""
 _RELEASED = "released.json"
-_FREE_TO_CHANGE = {"rounds", "release"}
+FREE_TO_CHANGE = {"rounds", "release"}
 """Settings that may differ when a run goes on: they do not change what a round computes."""
 
 
@@ -84,6 +87,10 @@ class RoundRecord(BaseModel):
     """Whether strategy.safetensors and product.safetensors lie beside the record."""
     max_ranks: dict[str, int] = {}
     """The largest rank that each clinic trains, as it reported after the round."""
+    verdicts: int = 0
+    """Clinics that told whether they use the round's adapter; 0 where that is not asked."""
+    accepted: int = 0
+    """How many of those have taken it into use."""
 
 
 class RunDirectory:
@@ -140,7 +147,7 @@ class RunDirectory:
         return {name for name in names if not name.startswith(".run.json.")}
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
-        settings = self._settings.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+        settings = self._settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)
         count = self._settings.rounds.count
         return {
             "schema": SCHEMA,
@@ -192,7 +199,36 @@ class RunDirectory:
                 ) from None
         return records
 
-    def save_round(self, record: RoundRecord, outcome: Outcome, *, new: int = 0) -> None:
+    def lineage_of(self, number: int) -> SignedLineage | None:
+        """Return the lineage of a finished round; None if a release before lineages made it.
+
+        Raises:
+            LineageRefused: it was changed.
+            StorageError: it cannot be read.
+        """
+        path = self._round_path(number) / "adapter" / LINEAGE_FILE
+        with explained("read", path):
+            data = path.read_bytes() if path.exists() else None
+        return None if data is None else read_lineage(data, source=str(path))
+
+    def weights_digest(self, number: int) -> str:
+        """Return the SHA-256 of a finished round's adapter weights, hex.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        path = self._round_path(number) / "adapter" / WEIGHTS_FILE
+        with explained("read", path), path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def save_round(
+        self,
+        record: RoundRecord,
+        outcome: Outcome,
+        *,
+        new: int = 0,
+        lineage: SignedLineage | None = None,
+    ) -> None:
         """Make a finished round durable, then the last adapter and the summary.
 
         Of the outcome's increments the last ``new`` are this round's.
@@ -208,6 +244,8 @@ class RunDirectory:
         if outcome.increments:
             self._save_adapter(outcome.adapter, temporary / "trained")
         self._save_adapter(outcome.whole, temporary / "adapter")
+        if lineage is not None:
+            write_atomically(temporary / "adapter" / LINEAGE_FILE, lineage.to_bytes())
         save_outcome(outcome, temporary, new=new)
         marks = {"has_memory": bool(outcome.memory), "has_product": bool(new)}
         text = record.model_copy(update=marks).model_dump_json(indent=2)
@@ -255,7 +293,18 @@ class RunDirectory:
             StorageError: the disk is full or read-only.
         """
         self._save_adapter(outcome.whole, self.path / "adapter")
+        self._publish_lineage()
         self.write_summary(outcome.adapter.schema.fingerprint)
+
+    def _publish_lineage(self) -> None:
+        """Copy the last round's lineage beside the run's adapter, or remove an older one."""
+        finished, path = self._finished(), self.path / "adapter" / LINEAGE_FILE
+        lineage = self.lineage_of(finished[-1]) if finished else None
+        if lineage is not None:
+            write_atomically(path, lineage.to_bytes())
+            return
+        with explained("remove", path):
+            path.unlink(missing_ok=True)
 
     def _save_adapter(self, state: AdapterState, directory: Path) -> None:
         settings = at_rank(self._settings.adapter, state.schema.rank)
@@ -330,7 +379,7 @@ def _completed(found: Mapping[str, Any]) -> Any:
         settings = FederationSettings.model_validate(found.get("settings"))
     except ValidationError:
         return None
-    return settings.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    return settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

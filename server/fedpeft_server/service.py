@@ -10,11 +10,13 @@ from fedpeft.models import adapter_schema
 from fedpeft.protocol import KINDS
 from fedpeft.secagg import STAGES
 from fedpeft_server.app import build_server_app
+from fedpeft_server.expiry import expiry_warnings
 from fedpeft_server.narration import Narration
 from fedpeft_server.rounds import Federation
 from fedpeft_server.run_directory import RunDirectory
 from fedpeft_server.site import Site
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.trail import RecordedLink, Trail
 from fedpeft_strategies import build_strategy
 
 _LEAST_CLINICS = 2
@@ -39,6 +41,12 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
         )
     identity = site.identity
     schema = adapter_schema(site.model(), settings.adapter)
+    trail = Trail.open(site.audit, identity)
+    if trail.repaired_bytes:
+        say(
+            f"the last line of the audit log {site.audit} was torn, as after a power cut, and its "
+            f"{trail.repaired_bytes} bytes were cut away: what it was to tell was not done"
+        )
     federation = Federation(
         settings,
         schema,
@@ -46,6 +54,7 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
         RunDirectory(results, settings, engine="flower"),
         Narration(say, settings.rounds.count),
         identity,
+        trail,
     )
     place = SuperLinkSettings(
         directory=site.state,
@@ -61,14 +70,26 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
             "again: fedpeft-server remove NAME, then fedpeft-server invite NAME"
         )
 
+    for warning in expiry_warnings(site.authority, enrolments):
+        say(f"warning: {warning}")
+
     def heard(node: int, reply: Message) -> None:
         # The later steps of a secure sum take moments, and would be five lines a clinic.
         if reply.metadata.message_type.removesuffix(f".{STAGES[0]}") in KINDS:
             say(f"clinic {link.names().get(node, 'unknown')} answered")
 
-    with SuperLink(place, site.authority, enrolments, on_arrival=heard) as link:
+    with (
+        trail.session(settings.name, identity.public),
+        SuperLink(
+            place,
+            site.authority,
+            enrolments,
+            on_arrival=heard,
+            succession=site.sealing.succession,
+        ) as link,
+    ):
         say(
             f"listening on {site.listen.address} for federation {settings.name}; confidentiality "
             f"{settings.aggregation.confidentiality}"
         )
-        link.run(build_server_app(federation, link))
+        link.run(build_server_app(federation, RecordedLink(link, trail)))

@@ -4,17 +4,19 @@ federation.toml     what the federation does
 server.toml         where the server listens
 keys/               certificate authority, server certificate, identity (private parts mode 600)
 state/              enrolments and Flower's messages
+audit/              the audit log: lines that show when they were changed
 run/                rounds, adapter and summary (see run_directory.py)
 """
 
 import json
 import tomllib
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from pydantic import Field
 
+from fedpeft.audit_log import AuditLog, note_handover
 from fedpeft.config import (
     FederationSettings,
     KeySettings,
@@ -26,16 +28,29 @@ from fedpeft.config import (
 from fedpeft.console import ask_passphrase
 from fedpeft.errors import ConfigError, StorageError
 from fedpeft.models import fingerprint, require_fingerprint, resolve_base
-from fedpeft.sealing.identity import Identity
+from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import protection_from
+from fedpeft.sealing.words import federation_words
 from fedpeft.storage import write_atomically
 from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.pki import Authority, create_authority, split_address
+from fedpeft_server.pki import Authority, Issued, create_authority, split_address
+from fedpeft_server.recorded_enrolments import RecordedEnrolments
 from fedpeft_server.site_identity import SiteIdentity
 
 FEDERATION_FILE = "federation.toml"
 SERVER_FILE = "server.toml"
 DEFAULT_PORT = 8443
+
+
+class TlsSettings(Settings):
+    """What the hospital's certificate authority gave out; relative paths count from the site."""
+
+    certificate: Path
+    """PEM: the server's, then those between it and the CA's."""
+    key: Path
+    """PEM, not encrypted, mode 600."""
+    ca: Path
+    """PEM: what clinics recognise the server by; invitations carry it."""
 
 
 class ListenSettings(Settings):
@@ -47,6 +62,8 @@ class ListenSettings(Settings):
     """The local interface to listen on."""
     max_message_mb: int = Field(default=1024, ge=1)
     """MiB of one clinic's answer."""
+    tls: TlsSettings | None = None
+    """Certificate files of the hospital's own authority; None: the federation has its own."""
     keys: KeySettings = KeySettings()
     """How ``keys/identity.key`` is protected."""
 
@@ -80,6 +97,11 @@ class Site:
         return host, port or DEFAULT_PORT
 
     @property
+    def audit(self) -> Path:
+        """Directory of the audit log."""
+        return self.directory / "audit"
+
+    @property
     def state(self) -> Path:
         """Directory of the server's databases."""
         return self.directory / "state"
@@ -97,6 +119,24 @@ class Site:
             require_fingerprint(fingerprint(directory), settings.fingerprint, directory)
         return directory
 
+    def renew_identity(self) -> PublicIdentity:
+        """Put a new identity in the place of the present one, protected as that is.
+
+        Raises:
+            KeyLocked, SealingError, StorageError: see ``SiteIdentity``.
+        """
+        ask = cache(partial(ask_passphrase, confirm=False))
+        old = self.sealing.unlock(self.listen.keys, self.directory, ask)
+        protection = protection_from(self.listen.keys, self.directory, ask)
+        renewed = self.sealing.rotate(old, protection, self.federation.name)
+        signer = renewed.unlock(self.listen.keys, self.directory, ask)
+        note_handover(self.audit, old.public, signer, "server")
+        return renewed.public
+
+    def words(self) -> str:
+        """Return the words by which clinics recognise this federation."""
+        return federation_words(self.federation.name, self.authority.ca_pem(), self.sealing.public)
+
     def fingerprint(self) -> str:
         """Return the base model's fingerprint."""
         return fingerprint(self.model())
@@ -110,8 +150,9 @@ class Site:
         self.state.mkdir(mode=0o700, exist_ok=True)
         host, port = self.host_and_port
         name = f"[{host}]" if ":" in host else host
-        return Enrolments(
+        return RecordedEnrolments(
             self.state / "enrolment.db",
+            lambda: AuditLog(self.audit),
             federation=self.federation.name,
             server=f"{name}:{port}",
             ca_pem=self.authority.ca_pem(),
@@ -168,13 +209,24 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
         raise ConfigError(
             f"{directory} has no {SERVER_FILE}; make a site first: fedpeft-server init {directory}"
         )
+    listen = load_settings(ListenSettings, directory / SERVER_FILE)
     return Site(
         directory=directory,
-        listen=load_settings(ListenSettings, directory / SERVER_FILE),
+        listen=listen,
         federation=load_settings(FederationSettings, directory / FEDERATION_FILE, overrides or []),
-        authority=Authority.load(directory / "keys"),
+        authority=_authority(directory, listen),
         sealing=SiteIdentity.load(directory / "keys"),
     )
+
+
+def _authority(directory: Path, listen: ListenSettings) -> Authority:
+    tls = listen.tls
+    if tls is None:
+        return Authority.load(directory / "keys")
+    issued = Issued(directory / tls.certificate, directory / tls.key, directory / tls.ca)
+    authority = Authority.load(directory / "keys", issued)
+    authority.require_usable(listen.address)
+    return authority
 
 
 def _server_toml(address: str, keys: KeySettings) -> str:

@@ -18,6 +18,7 @@ from fedpeft.errors import AggregationRefused, WrongSignature
 from fedpeft.protocol import TRAIN, Job, Payload
 from fedpeft.protocol.privacy import ClinicPrivacy
 from fedpeft.protocol.sums import (
+    VERDICTS,
     counts_alike,
     from_fixed_point,
     integers_of,
@@ -168,6 +169,13 @@ class SummedCollector:
             nll=from_fixed_point(total.integers["nll"]),
             tokens=total.integers["tokens"],
         )
+        verdicts = verdicts_of(total)
+        if verdicts is None:
+            self._watcher.warned(
+                "the clinics' verdicts on the adapter do not add up, so they are not written down"
+            )
+        else:
+            sums = replace(sums, verdicts=verdicts[0], accepted=verdicts[1])
         if kind == TRAIN:
             if sums.rows < len(total.survivors):
                 why = "the clinics together report fewer rows than clinics"
@@ -196,6 +204,15 @@ class SummedCollector:
             clipped=total.integers["clipped"],
             next_limit=next_limit(kind, job, total, rows),
         )
+
+
+def verdicts_of(total: SecureSum) -> tuple[int, int] | None:
+    """Return how many clinics told their verdict on the adapter, and how many took it.
+
+    None if that cannot be, as a clinic counted for more than one; it spoils nothing else.
+    """
+    told, accepted = (total.integers.get(name, 0) for name in VERDICTS)
+    return (told, accepted) if accepted <= told <= len(total.survivors) else None
 
 
 def mean_of(total: SecureSum, job: Job, schema: AdapterSchema) -> AdapterState:

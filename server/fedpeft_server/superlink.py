@@ -8,9 +8,10 @@ message store directly, and the server's app is called in this process.
 import contextlib
 import fcntl
 import os
-import secrets
 import sqlite3
+import ssl
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,6 @@ from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
-    TRANSPORT_TYPE_GRPC_RERE,
-    Status,
     SubStatus,
 )
 from flwr.server.superlink.linkstate import LinkState
@@ -30,26 +29,32 @@ from flwr.serverapp import ServerApp
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from sqlalchemy import Engine, event
 
 from fedpeft.errors import FederationError, StorageError
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
 from fedpeft.sealing import PublicIdentity
+from fedpeft_server.certificate_watch import CertificateWatch
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.grid import Arrival, FederationGrid
 from fedpeft_server.listener import Listener, bind, tls_context
+from fedpeft_server.message_store import (
+    change_node_key,
+    close_store,
+    compact,
+    database,
+    end_old_runs,
+    flower_config,
+    wait_longer,
+)
 from fedpeft_server.pki import Authority
 from fedpeft_server.public_door import PublicDoor
+from fedpeft_server.rotation import renew_clinic
 from fedpeft_server.wire_meter import WireMeter, metered_protocol
 
 # The store gives a run up after 60 s without a sign of life.
 _HEARTBEAT_S: Final = 15.0
-_COMPACT_ABOVE_BYTES: Final = 64 << 20
-_BUSY_MS: Final = 60_000
 
 _Part = TypeVar("_Part")
 
@@ -92,6 +97,7 @@ class SuperLink:
         *,
         stop: threading.Event | None = None,
         on_arrival: Arrival | None = None,
+        succession: Sequence[str] = (),
     ) -> None:
         self.meter = WireMeter()
         self.stop = stop or threading.Event()
@@ -99,6 +105,7 @@ class SuperLink:
         self._authority = authority
         self._enrolments = enrolments
         self._on_arrival = on_arrival
+        self._succession = succession
         self._opened = contextlib.ExitStack()
         self._state: LinkState | None = None
         self._listener: Listener | None = None
@@ -112,28 +119,31 @@ class SuperLink:
             bound = bind(self._settings.host, self._settings.port)
             opened.callback(bound.close)
             opened.enter_context(_only_server(self._settings.directory))
-            app = create_app(_flower_config(_database(self._settings.directory)), SuperLinkLifespan)
+            app = create_app(flower_config(database(self._settings.directory)), SuperLinkLifespan)
             state: LinkState = app.state.linkstate_factory.state()
-            opened.callback(_close_store, state)
-            _wait_longer(state)
+            opened.callback(close_store, state)
+            wait_longer(state)
             self._state = state
-            _end_old_runs(state)
-            _compact(self._settings.directory)
+            end_old_runs(state)
+            compact(self._settings.directory)
             for clinic in self._enrolments.members():
                 self._ensure_node(clinic.name, clinic.public_key)
             door = PublicDoor(
                 app,
                 member_keys=self._member_keys,
+                member_stamp=self._enrolments.stamp,
+                saw=self._saw,
                 enrol=self._enrol,
+                renew=self._renew,
+                succession=self._succession,
                 max_request_bytes=self._settings.max_request_bytes,
                 max_message_bytes=self._settings.max_message_bytes,
             )
-            self._listener = Listener(
-                door,
-                bound,
-                tls=tls_context(self._authority),
-                protocol=metered_protocol(self.meter),
-            )
+            tls = _tls(self._authority)
+            self._listener = Listener(door, bound, tls=tls, protocol=metered_protocol(self.meter))
+            watch = CertificateWatch(tls, self._authority)
+            watch.start()
+            opened.callback(watch.stop)
             opened.callback(self._listener.stop)
             self._start_run(state, opened)
             self._listener.start()
@@ -266,12 +276,33 @@ class SuperLink:
     def _member_keys(self) -> frozenset[bytes]:
         return frozenset(each.public_key.encode("ascii") for each in self._enrolments.members())
 
+    def _saw(self, public_key: bytes) -> None:
+        # For people to look at only: a busy disk must not fail a clinic's call.
+        with contextlib.suppress(sqlite3.Error):
+            self._enrolments.saw(public_key.decode("ascii"))
+
     def _enrol(self, token: str, public_key: str, identity: str, proof: str) -> dict[str, str]:
         name = self._enrolments.redeem(token, public_key, identity, proof)
         for clinic in self._enrolments.members():
             if clinic.name == name:
                 self._ensure_node(name, clinic.public_key)
-        return {"clinic": name, "federation": self._enrolments.federation}
+        return self._member(name)
+
+    def _renew(self, request: str) -> dict[str, str]:
+        renewed = renew_clinic(self._enrolments, request)
+        if renewed.old_key:
+            # The clinic keeps its node, and with it the messages that wait for it.
+            change_node_key(_entered(self._state), renewed.old_key, renewed.new_key)
+        return self._member(renewed.name)
+
+    def _member(self, name: str) -> dict[str, str]:
+        """Return what a clinic is told of its membership."""
+        (clinic,) = (each for each in self._enrolments.clinics() if each.name == name)
+        return {
+            "clinic": name,
+            "federation": self._enrolments.federation,
+            "keys_expire": clinic.keys_expire.isoformat(timespec="seconds"),
+        }
 
     def _ensure_node(self, name: str, public_key: str) -> None:
         state, key = _entered(self._state), public_key.encode("ascii")
@@ -287,39 +318,15 @@ def _entered(part: _Part | None) -> _Part:
     return part
 
 
-def _flower_config(database: Path) -> SuperLinkLifespanConfig:
-    return SuperLinkLifespanConfig(
-        control_address="",
-        health_server_address=None,
-        host="127.0.0.1",
-        port=0,
-        insecure=True,
-        certificates=None,
-        # No socket serves the call that asks for it; if one ever did, nobody knows it.
-        superexec_auth_secret=secrets.token_bytes(32),
-        authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=None,
-        ssl_certfile=None,
-        ssl_keyfile=None,
-        database=str(database),
-        isolation="process",
-        runtime_dependency_install=False,
-    )
-
-
-def _database(directory: Path) -> Path:
-    database = directory / "flower.db"
-    # Created here, as SQLite would create it readable for everyone.
-    database.touch(mode=0o600)
-    return database
+def _tls(authority: Authority) -> ssl.SSLContext:
+    try:
+        return tls_context(authority)
+    except ssl.SSLError as error:
+        raise StorageError(
+            f"{authority.server_certificate} and {authority.server_key} cannot be used together "
+            f"({error.reason}): make them anew with `fedpeft-server rotate`, or put both files of "
+            "the hospital's CA there"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -344,21 +351,6 @@ def _only_server(directory: Path):
         yield
 
 
-def _end_old_runs(state: LinkState) -> None:
-    """End what a killed server left open, lest clinics train for a run nobody waits for."""
-    for run in state.get_run_info(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]):
-        state.stop_run(run.run_id)
-        state.cleanup_run(run.run_id)
-
-
-def _compact(directory: Path) -> None:
-    """Give the space of deleted messages back to the disk."""
-    database = directory / "flower.db"
-    if database.stat().st_size > _COMPACT_ABOVE_BYTES:
-        with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("VACUUM")
-
-
 def _started_task(state: LinkState, run_id: int) -> int:
     for task in state.get_tasks(run_ids=[run_id]):
         if state.claim_task(task.task_id) and state.activate_task(task.task_id):
@@ -377,29 +369,3 @@ def _keep_alive(
         if not state.acknowledge_task_heartbeat(task_id):
             lost.set()
             return
-
-
-def _wait_longer(state: LinkState) -> None:
-    """Let every connection of the message store wait for its turn longer than Flower's 5 s.
-
-    On a slow or busy disk one large message can hold the database for more than that, and
-    whoever waited would have its call refused as "database is locked".
-    """
-
-    def wait(connection: sqlite3.Connection, _record: object) -> None:
-        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
-
-    for engine in _engines(state):
-        event.listen(engine, "connect", wait)
-        engine.dispose()  # what is open already was told Flower's number
-
-
-def _close_store(state: LinkState) -> None:
-    # Flower leaves its database connections to the garbage collector.
-    for engine in _engines(state):
-        engine.dispose()
-
-
-def _engines(state: LinkState) -> list[Engine]:
-    """Return Flower's database engines: of the messages, and of their contents."""
-    return [getattr(part, "_engine") for part in (state, state.object_store)]  # noqa: B009

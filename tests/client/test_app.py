@@ -265,9 +265,9 @@ BOTH = {
     "data damaged": (with_bad_data, "bad-data"),
 }
 TRAIN_ONLY = {
-    "rank above the limit": (asking(adapter=AdapterSettings(rank=5)), "refused-by-clinic"),
-    "steps above the limit": (training(local_steps=6), "refused-by-clinic"),
-    "epochs above the limit": (training(local_steps=None, local_epochs=2), "refused-by-clinic"),
+    "rank above the limit": (asking(adapter=AdapterSettings(rank=5)), "rank-limit"),
+    "steps above the limit": (training(local_steps=6), "steps-limit"),
+    "epochs above the limit": (training(local_steps=None, local_epochs=2), "steps-limit"),
     "rate too small": (training(learning_rate=1e-60), "adapter-unchanged"),
     "rate too large": (training(learning_rate=1e38), "not-finite"),
     "8 bits on the CPU": (training(optimizer="adamw-8bit-paged"), "training-failed"),

@@ -272,7 +272,7 @@ def test_oversized_message_is_refused(federation):
 
         reply = ask(link, blob(os.urandom(200_000)))["anna"]
 
-        assert reply.error.reason == "refused-by-clinic"
+        assert reply.error.reason == "size-limit"
         assert "larger than the 100000 bytes" in clinic.wait_for("refused").detail
         assert ask(link, blob(b"small enough"))["anna"].has_content()
 

@@ -19,10 +19,13 @@ from fedpeft.errors import (
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import Protection, load_identity
 from fedpeft_client import enrolment as enrolment_module
-from fedpeft_client.enrolment import Enrolment
+from fedpeft_client.cli import program
+from fedpeft_client.enrolment import Enrolment, read_invitation
 from fedpeft_client.fleet import load_key
+from fedpeft_client.key_life import keys_expire
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.pki import create_authority
+from fedpeft_server.rate_limit import EnrolmentLimit
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 
 HOUR_S = 3600.0
@@ -66,7 +69,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_rate_limit(server):
-    server.link._listener._server.config.app._limiter._seen.clear()
+    server.link._listener._server.config.app._limiter = EnrolmentLimit(10)
 
 
 @pytest.fixture
@@ -96,8 +99,11 @@ def test_joining_makes_a_key_and_says_what_to_configure(server, invite, tmp_path
         "ca.pem",
         "identity.key",
         "key.pem",
+        "membership.json",
         "server.identity",
     ]
+    (member,) = (it for it in server.enrolments.clinics() if it.name == enrolment.clinic)
+    assert keys_expire(tmp_path / "clinic") == member.keys_expire.replace(microsecond=0)
 
 
 def test_both_sides_pin_the_others_identity(server, invite, tmp_path):
@@ -363,3 +369,22 @@ def test_place_that_cannot_be_written_is_named(invite, tmp_path):
 
     with pytest.raises(StorageError, match="cannot be written"):
         join(invite(), tmp_path / "file" / "clinic")
+
+
+@pytest.mark.parametrize("words", ["amber basil", ""])
+def test_other_words_than_the_central_site_reads_out_stop_before_anything_is_sent(
+    words, server, invite, tmp_path, capsys
+):
+    file, before = invite(), len(server.enrolments.clinics())
+
+    options = {"--dir": tmp_path / "box", "--model": "embedded", "--train": tmp_path / "t"}
+    flat = [str(each) for option in options.items() for each in option]
+    with pytest.raises(SystemExit) as stopped:
+        program.run(["join", str(file), *flat, "--words", words])
+
+    assert stopped.value.code == EnrolmentError.exit_code
+    told = capsys.readouterr().err
+    assert "nothing was sent" in told
+    assert read_invitation(file).words() in told
+    assert not (tmp_path / "box").exists()
+    assert len(server.enrolments.clinics()) == before

@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from fedpeft.errors import EnrolmentError, StorageError
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server.enrolment import SCHEMA_VERSION, Enrolments, InvitationRefused
+from fedpeft_server.enrolment import KEY_DAYS, Enrolments, InvitationRefused
+from fedpeft_server.enrolment_file import SCHEMA_VERSION
+from fedpeft_server.roster import expiring, roster
 
 HOUR_S = 3600.0
 BASE = "f" * 64
@@ -450,3 +452,137 @@ def test_migration_that_fails_leaves_the_file_as_it_was(old_file):
     with closing(sqlite3.connect(old_file)) as database:
         assert database.execute("PRAGMA user_version").fetchone()[0] == 1
         assert len(database.execute("SELECT * FROM clinics").fetchone()) == 4
+
+
+# Revoking, renewing, expiring
+
+
+def enrolled(enrolments, name="anna", key=None, identity=None) -> tuple[str, Identity]:
+    key, identity = key or new_key(), identity or Identity.generate()
+    token = enrolments.create_invitation(name, HOUR_S, fingerprint=BASE).token
+    redeem(enrolments, token, key, identity)
+    return key, identity
+
+
+def test_revoking_a_stranger_is_an_error(enrolments):
+    with pytest.raises(EnrolmentError, match="no clinic and no invitation is named 'anna'"):
+        enrolments.revoke("anna")
+
+
+def test_revoked_invitation_is_unknown(enrolments):
+    token = enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).token
+
+    enrolments.revoke("anna")
+
+    assert refusal_of(enrolments, token) == "unknown"
+
+
+def test_keys_of_a_revoked_clinic_never_come_back_under_any_name(enrolments):
+    key, identity = enrolled(enrolments)
+    enrolments.revoke("anna")
+
+    assert enrolments.clinics() == []
+    for name in ("anna", "bert"):
+        token = enrolments.create_invitation(name, HOUR_S, fingerprint=BASE).token
+        for shown in ((key, Identity.generate()), (new_key(), identity)):
+            with pytest.raises(EnrolmentError, match="were revoked or renewed"):
+                redeem(enrolments, token, *shown)
+        assert redeem(enrolments, token, new_key()) == name
+
+
+def test_a_revoked_clinic_may_be_revoked_again_with_its_new_keys(enrolments):
+    for _ in range(2):
+        enrolled(enrolments)
+        enrolments.revoke("anna")
+
+    assert [name for name, _ in enrolments.revoked()] == ["anna", "anna"]
+
+
+def test_renewed_keys_take_the_place_of_the_old_which_never_come_back(enrolments):
+    key, identity = enrolled(enrolments)
+    fresh, later = new_key(), time.time() + 1000
+
+    enrolments.renew("anna", (fresh, identity.public.to_text()), later)
+    enrolments.renew("anna", (fresh, identity.public.to_text()), later + 1)
+
+    (clinic,) = enrolments.members()
+    assert (clinic.public_key, clinic.identity) == (fresh, identity.public)
+    assert clinic.keys_expire.timestamp() == pytest.approx(later + KEY_DAYS * 86400)
+    with pytest.raises(EnrolmentError, match="were revoked or renewed"):
+        enrolments.renew("anna", (key, identity.public.to_text()))
+    assert enrolments.revoked() == []
+
+
+def test_both_keys_may_be_renewed_at_once_and_again(enrolments):
+    enrolled(enrolments)
+    for _ in range(2):
+        enrolments.renew("anna", (new_key(), Identity.generate().public.to_text()))
+    assert len(enrolments.members()) == 1
+
+
+def test_renewing_to_the_keys_of_another_clinic_changes_nothing(enrolments):
+    key, identity = enrolled(enrolments)
+    theirs, their_identity = enrolled(enrolments, "bert")
+
+    for shown in (
+        (theirs, Identity.generate().public.to_text()),
+        (new_key(), their_identity.public.to_text()),
+    ):
+        with pytest.raises(EnrolmentError, match="already belong"):
+            enrolments.renew("anna", shown)
+
+    assert [each.public_key for each in enrolments.members()] == [key, theirs]
+    assert enrolments.members()[0].identity == identity.public
+
+
+def test_keys_that_expired_are_no_membership(enrolments):
+    _, identity = enrolled(enrolments)
+    long_ago = time.time() - KEY_DAYS * 86400
+
+    enrolments.renew("anna", (new_key(), identity.public.to_text()), long_ago + 60)
+    assert len(enrolments.members()) == len(expiring(enrolments)) == 1
+    enrolments.renew("anna", (new_key(), identity.public.to_text()), long_ago - 60)
+
+    assert enrolments.members() == []
+    assert [entry.state for entry in roster(enrolments)] == ["keys expired"]
+
+
+def test_keys_are_warned_of_a_month_ahead(enrolments):
+    _, identity = enrolled(enrolments)
+    assert expiring(enrolments) == []
+
+    month_left = time.time() - (KEY_DAYS - 29) * 86400
+    enrolments.renew("anna", (new_key(), identity.public.to_text()), month_left)
+
+    assert [each.name for each in expiring(enrolments)] == ["anna"]
+
+
+def test_the_roster_lists_clinics_invitations_and_what_was_revoked(enrolments):
+    key, identity = enrolled(enrolments)
+    enrolled(enrolments, "carl")
+    enrolments.revoke("carl")
+    enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE)
+    enrolments.saw(key, 0.0)
+
+    entries = roster(enrolments)
+
+    assert [(entry.name, entry.state) for entry in entries] == [
+        ("anna", "enrolled"),
+        ("bert", "invited"),
+        ("carl", "revoked"),
+    ]
+    columns = entries[0].line().split("\t")
+    assert columns[3] == "1970-01-01 00:00 UTC"
+    assert columns[5] == identity.public.fingerprint
+    assert entries[1].line().split("\t")[4] != "-"
+
+
+def test_the_stamp_changes_with_the_clinics(enrolments):
+    stamps = {enrolments.stamp()}
+    enrolled(enrolments)
+    stamps.add(enrolments.stamp())
+    enrolments.revoke("anna")
+    stamps.add(enrolments.stamp())
+
+    assert len(stamps) == 3
+    assert enrolments.stamp() in stamps

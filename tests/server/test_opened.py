@@ -128,6 +128,27 @@ BAD_NUMBERS: dict[str, Any] = {
 bad_numbers = pytest.mark.parametrize("value", BAD_NUMBERS.values(), ids=list(BAD_NUMBERS))
 
 
+@pytest.mark.parametrize("value", [2, -1, 0.5, "1"])
+def test_a_verdict_that_is_neither_yes_nor_no_is_not_used(value: Any):
+    asking = job_of().model_copy(update={"asks_verdict": True})
+    assert refused("evaluate", Payload({**SCORES, "verdict": value}), asking) == "bad-adapter"
+
+
+def test_a_verdict_that_nobody_asked_for_is_not_used():
+    assert refused("evaluate", Payload({**SCORES, "verdict": 1})) == "bad-adapter"
+
+
+def test_verdicts_are_counted_and_may_be_missing():
+    asking = job_of().model_copy(update={"asks_verdict": True})
+    answers = {
+        "north": Payload({**SCORES, "verdict": 1}),
+        "south": Payload({**SCORES, "verdict": 0}),
+        "west": Payload(SCORES),
+    }
+    sums = collect("evaluate", answers, asking)[0].sums
+    assert (sums.verdicts, sums.accepted) == (2, 1)
+
+
 @bad_numbers
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_of_training_that_is_none_is_refused(name: str, value: Any):

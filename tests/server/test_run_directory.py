@@ -261,6 +261,8 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
         product_error=0.25,
         ranks=RANKS,
         max_ranks={"north": 8},
+        verdicts=2,
+        accepted=1,
     )
     run.save_round(last, outcome(2))
     summary = json.loads((run.path / "summary.json").read_text())
@@ -291,6 +293,8 @@ def test_the_summary_has_exactly_the_agreed_schema(run: RunDirectory):
                 "has_memory": False,
                 "has_product": False,
                 "max_ranks": {"north": 8} if number == 2 else {},
+                "verdicts": 2 if number == 2 else 0,
+                "accepted": 1 if number == 2 else 0,
             }
             for number in (1, 2)
         ],
@@ -357,7 +361,10 @@ def test_a_run_does_not_go_on_under_other_privacy(change: dict[str, Any], tmp_pa
             run_in(tmp_path, altered(privacy=other)).open(BASE)
 
 
-LATER = ["sent", "product_error", "ranks", "has_memory", "has_product", "max_ranks"]
+LATER = [
+    *("sent", "product_error", "ranks", "has_memory", "has_product", "max_ranks"),
+    *("verdicts", "accepted"),
+]
 """What rounds of release 0.3 and later say."""
 
 

@@ -1,5 +1,6 @@
 """A site on disk: its identity, and what the command line says of it."""
 
+import contextlib
 import socket
 import sqlite3
 import stat
@@ -13,10 +14,21 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.config import KeySettings
 from fedpeft.console import PASSPHRASE
-from fedpeft.errors import ConfigError, KeyLocked, PortInUse, SealingError, StorageError
+from fedpeft.errors import (
+    ConfigError,
+    EnrolmentError,
+    KeyLocked,
+    PortInUse,
+    SealingError,
+    StorageError,
+)
+from fedpeft.sealing.context import SERVER
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.possession import prove_possession
+from fedpeft.sealing.succession import newest
+from fedpeft_server import site_identity
 from fedpeft_server.cli import program
+from fedpeft_server.pki import create_authority
 from fedpeft_server.service import serve_federation
 from fedpeft_server.site import Site, create_site, open_site
 
@@ -162,10 +174,148 @@ def test_clinics_are_listed_with_their_fingerprints(site, capsys):
 
     lines = [line.split("\t") for line in out.splitlines()]
     assert code == 0
-    assert [(line[0], line[2]) for line in lines] == [
-        ("anna", identity.public.fingerprint),
-        ("bert", "must enrol again"),
+    assert [(line[0], line[1], line[5]) for line in lines] == [
+        ("anna", "enrolled", identity.public.fingerprint),
+        ("bert", "must enrol again", "-"),
     ]
+
+
+def test_words_of_the_federation_are_printed_and_go_with_an_invitation(site, capsys, tmp_path):
+    code, out, _ = run(capsys, "fingerprint", "--dir", site.directory)
+    assert code == 0
+    assert out.strip() == site.words()
+    assert len(out.split()) == 10
+
+    file = tmp_path / "anna.json"
+    _, _, told = run(capsys, "invite", "anna", "--dir", site.directory, "--out", file)
+    assert site.words() in told
+
+
+def test_an_invitation_that_was_revoked_is_gone(site, capsys, tmp_path):
+    file = tmp_path / "anna.json"
+    run(capsys, "invite", "anna", "--dir", site.directory, "--out", file, "--expires", "30m")
+    _, out, _ = run(capsys, "clinics", "--dir", site.directory)
+    assert out.split("\t")[:2] == ["anna", "invited"]
+
+    assert run(capsys, "revoke", "anna", "--dir", site.directory)[0] == 0
+
+    assert run(capsys, "clinics", "--dir", site.directory)[1] == ""
+    code, _, told = run(capsys, "revoke", "anna", "--dir", site.directory)
+    assert code == EnrolmentError.exit_code
+    assert "no clinic and no invitation is named 'anna'" in told
+
+
+def test_rotating_renews_the_certificate_and_the_identity_only_when_asked(site, capsys):
+    certificate, public = site.authority.server_certificate.read_bytes(), site.sealing.public
+
+    assert run(capsys, "rotate", "--dir", site.directory)[0] == 0
+    once = open_site(site.directory)
+    assert once.authority.server_certificate.read_bytes() != certificate
+    assert once.sealing.public == public
+
+    code, _, told = run(capsys, "rotate", "--dir", site.directory, "--identity")
+    renewed = open_site(site.directory)
+    assert code == 0
+    assert renewed.sealing.public.fingerprint in told
+    assert renewed.identity.public == renewed.sealing.public != public
+    assert newest(renewed.sealing.succession, public, federation="heart", holder=SERVER) == (
+        renewed.sealing.public
+    )
+    assert stat.S_IMODE((site.directory / "keys" / "identity.key").stat().st_mode) == 0o600
+
+
+def test_a_renewed_identity_stays_locked_as_the_old_one_was(tmp_path, stick):
+    site = make_site(tmp_path / "site", KeySettings(key_file=stick))
+
+    site.renew_identity()
+
+    stick.write_bytes(bytes(32))
+    with pytest.raises(KeyLocked):
+        _ = open_site(site.directory).identity
+
+
+class _Kill(BaseException):
+    """A power cut."""
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_crash_while_the_identity_is_renewed_leaves_the_old_one_or_the_new(at, site, monkeypatch):
+    old, steps = site.sealing.public, []
+
+    def counting(real):
+        def step(*arguments, **named):
+            if len(steps) == at:
+                raise _Kill
+            steps.append(real)
+            return real(*arguments, **named)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for name in ("save_identity", "write_atomically", "sync_directory"):
+            patch.setattr(site_identity, name, counting(getattr(site_identity, name)))
+        patch.setattr(Path, "replace", counting(Path.replace))
+        with contextlib.suppress(_Kill):
+            site.renew_identity()
+
+    found = open_site(site.directory)
+    assert found.identity.public == found.sealing.public
+    reached = newest(found.sealing.succession, old, federation="heart", holder=SERVER)
+    assert reached == found.sealing.public
+    assert len(steps) == at
+    again = open_site(site.directory)
+    again.renew_identity()
+    assert open_site(site.directory).sealing.public not in (old, found.sealing.public)
+
+
+# A certificate of the hospital's authority
+
+
+def with_hospital_files(site: Site, address: str, tmp_path: Path) -> Site:
+    """Name certificate files of another authority than the site's own."""
+    hospital = create_authority(tmp_path / "hospital", address)
+    toml = site.directory / "server.toml"
+    lines = [
+        "[tls]",
+        f'certificate = "{hospital.server_certificate}"',
+        f'key = "{hospital.server_key}"',
+        f'ca = "{hospital.ca_certificate}"',
+    ]
+    toml.write_text(toml.read_text() + "\n".join(lines) + "\n")
+    return open_site(site.directory)
+
+
+def test_a_certificate_of_the_hospital_is_used_and_goes_into_invitations(site, tmp_path, capsys):
+    own = site.authority.ca_pem()
+
+    hospital = with_hospital_files(site, "localhost:1", tmp_path)
+
+    assert hospital.authority.ca_pem() != own
+    invitation = hospital.enrolments().create_invitation("anna", 60.0, fingerprint="f" * 64)
+    assert invitation.ca_pem == hospital.authority.ca_pem()
+    assert hospital.words() != site.words()
+    code, _, told = run(capsys, "rotate", "--dir", site.directory)
+    assert code == ConfigError.exit_code
+    assert "ask that for a new one" in told
+
+
+def test_a_certificate_for_another_address_or_authority_is_refused(site, tmp_path):
+    with pytest.raises(ConfigError, match=r"proves to no clinic that it is fl\.example"):
+        (site.directory / "server.toml").write_text(
+            (site.directory / "server.toml").read_text().replace("localhost:1", "fl.example:1")
+        )
+        with_hospital_files(site, "other.example:1", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["server.key", "ca.pem", "server.pem"])
+def test_files_that_do_not_belong_together_are_refused(name, site, tmp_path):
+    with_hospital_files(site, "localhost:1", tmp_path)
+    other = create_authority(tmp_path / "other", "localhost:1")
+
+    (other.directory / name).replace(tmp_path / "hospital" / name)
+
+    with pytest.raises(ConfigError, match="proves to no clinic"):
+        open_site(site.directory)
 
 
 def test_start_says_its_fingerprint_and_who_must_enrol_again(tmp_path):

@@ -1,5 +1,6 @@
 """What a secure sum stands for: the mean of each column over those who trained it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.protocol import Job, RankTerms, SumTerms
 from fedpeft.protocol.sums import GRID_BITS, grid_limit, value_of_unit, weight_of_level
 from fedpeft.secagg import SecureSum
-from fedpeft_server.summed import mean_of
+from fedpeft_server.summed import mean_of, verdicts_of
 
 RANK = 4
 SCHEMA = AdapterSchema(
@@ -195,3 +196,17 @@ def test_whole_numbers_of_a_grid_are_wrapped_and_divided_by_the_clinics():
     unit = value_of_unit(job, SCHEMA.numel)
     assert unit < 0
     assert np.allclose(found, values / 4 * unit, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("told", "accepted", "counts"),
+    [(0, 0, True), (3, 0, True), (3, 3, True), (2, 3, False), (4, 1, False), (0, 1, False)],
+)
+def test_verdicts_that_do_not_add_up_are_not_counted(told: int, accepted: int, counts: bool):
+    total = summed([(RANK, 5, 1), (RANK, 6, 2), (RANK, 7, 3)], SCHEMA)
+    total = replace(total, integers={**total.integers, "verdicts": told, "accepted": accepted})
+    assert verdicts_of(total) == ((told, accepted) if counts else None)
+
+
+def test_a_sum_of_a_job_that_asks_for_no_verdicts_counts_none():
+    assert verdicts_of(summed([(RANK, 5, 1), (RANK, 6, 2), (RANK, 7, 3)], SCHEMA)) == (0, 0)

@@ -28,9 +28,10 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
 from fedpeft.errors import ConnectionFailed, FederationError, PortInUse, StorageError
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server.enrolment import Enrolments
+from fedpeft_server.enrolment import Enrolments, InvitationRefused
 from fedpeft_server.pki import Authority, create_authority
-from fedpeft_server.public_door import FLEET_PATHS, RateLimiter
+from fedpeft_server.public_door import FLEET_PATHS
+from fedpeft_server.rate_limit import EnrolmentLimit, RateLimiter, network_of
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 
 HOUR_S = 3600.0
@@ -278,7 +279,10 @@ def test_enrolling_answers_who_one_is_and_registers_the_node(link, call, fresh_l
 
     status, answer = enrol(call, **sent)
 
-    assert (status, answer) == (200, {"clinic": "bert", "federation": "heart"})
+    (clinic,) = (each for each in link._enrolments.clinics() if each.name == "bert")
+    expires = clinic.keys_expire.isoformat(timespec="seconds")
+    expected = {"clinic": "bert", "federation": "heart", "keys_expire": expires}
+    assert (status, answer) == (200, expected)
     node = next(node for node, name in link.names().items() if name == "bert")
     assert link.identities()[node] == PublicIdentity.from_text(sent["identity"])
     assert link.identities().keys() == link.names().keys()
@@ -346,6 +350,72 @@ def test_rate_limiter_forgets_after_its_period_and_never_grows():
     for number in range(100):
         limiter.allow(str(number), 61.0)
     assert len(limiter._seen) == 3
+
+
+def test_all_networks_together_have_a_limit_too():
+    limit = EnrolmentLimit(2)
+
+    allowed = [limit.allow(f"10.0.{at // 250}.{at % 250}", 0.0) for at in range(100)]
+
+    assert allowed.count(True) == 60
+    assert limit.allow("10.1.1.1", 60.0)
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_one_customer_is_one_source(address, network):
+    assert network_of(address) == network
+
+
+def test_ten_thousand_guesses_of_a_token_learn_nothing_and_leave_it_good(link, monkeypatch):
+    """The limit put aside, so that the token alone stands against the guesses."""
+    enrolments = link._enrolments
+    token = enrolments.create_invitation("guessed", HOUR_S, fingerprint=BASE).token
+    token_id, _, secret = token.partition(".")
+    sent = enrolling(f"{token_id}.x")
+    guesses = (
+        f"{token_id}.{secret[:-1]}{chr(33 + at % 90)}x" if at % 2 else f"{at:016x}.{secret}"
+        for at in range(10_000)
+    )
+    monkeypatch.setattr("fedpeft_server.enrolment.check_possession", lambda *_, **__: None)
+
+    reasons = set()
+    for guess in guesses:
+        with pytest.raises(InvitationRefused) as caught:
+            enrolments.redeem(guess, sent["public_key"], sent["identity"], "")
+        reasons.add(caught.value.refusal)
+
+    assert reasons == {"unknown"}
+    monkeypatch.undo()
+    mine = enrolling(token)
+    assert enrolments.redeem(token, mine["public_key"], mine["identity"], mine["proof"])
+
+
+def test_ten_thousand_tries_over_the_network_get_no_further_than_the_limit(link, call, monkeypatch):
+    asked = []
+    door = link._listener._server.config.app
+    monkeypatch.setattr(door, "_limiter", EnrolmentLimit(10))
+    monkeypatch.setattr(door, "_enrol", lambda *fields: asked.append(fields) or {})
+    body = json.dumps(enrolling("x.y")).encode()
+    request = (
+        f"POST /v1/enrol HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+    statuses = [int(call.raw(request).split()[1]) for _ in range(50)]
+    limit = door._limiter
+    began = time.monotonic()
+    assert not any(limit.allow("127.0.0.1", began) for _ in range(10_000))
+
+    assert statuses.count(200) == len(asked) == 10
+    assert statuses.count(429) == 40
 
 
 def test_meter_counts_every_decrypted_byte(link, call):
@@ -516,7 +586,9 @@ def test_a_database_that_is_busy_is_waited_for(tmp_path, authority, monkeypatch)
         released = threading.Timer(0.5, other.rollback)
         released.start()
         began = time.monotonic()
-        assert running._state.acknowledge_task_heartbeat(running._task_id)
+        state, task_id = running._state, running._task_id
+        assert state is not None and task_id is not None
+        assert state.acknowledge_task_heartbeat(task_id)
         assert time.monotonic() - began > 0.3
         released.join()
         other.close()

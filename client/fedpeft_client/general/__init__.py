@@ -1,0 +1,1 @@
+"""A small set of everyday English, to see whether an adapter makes a model forget the language."""

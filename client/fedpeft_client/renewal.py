@@ -1,0 +1,137 @@
+"""Renew this box's connection key, and follow the server when it renews its identity.
+
+Both change a file of the box by one rename, so a running client reads the old one or the
+new. Must not know rounds or records.
+"""
+
+import datetime
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedpeft.audit_log import AuditLog
+from fedpeft.errors import EnrolmentError, SealingError, SignerNotAllowed
+from fedpeft.sealing.context import SERVER, clinic_role
+from fedpeft.sealing.identity import Identity, PublicIdentity
+from fedpeft.sealing.public_file import public_line
+from fedpeft.sealing.succession import Succession, newest
+from fedpeft.storage import explained, sync_directory, write_atomically
+from fedpeft_client.box import Box
+from fedpeft_client.enrolment import SERVER_IDENTITY_FILE, new_key
+from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, read_ca, url_of
+from fedpeft_client.key_life import keep_expiry, renewal_in_progress
+
+
+def renew_key(box: Box, identity: Identity) -> datetime.datetime:
+    """Exchange the box's connection key for a new one, and return until when that is good.
+
+    The new key is on the disk before the server hears of it, and takes the old one's place
+    once it has answered: after a failure the same call goes on with the same key.
+
+    Raises:
+        EnrolmentError: the server does not know this box's keys.
+        ConnectionFailed, CertificateRefused: the server cannot be reached or trusted.
+        StorageError, AuditLogDamaged: the box's directory or audit log cannot be written.
+    """
+    waiting = renewal_in_progress(box.key)
+    key = load_key(waiting) if waiting.exists() else new_key(waiting)
+    statement = Succession.sign(
+        identity,
+        identity,
+        federation=box.settings.server.federation,
+        holder=clinic_role(box.settings.clinic),
+        key=_public_pem(key),
+    )
+    log = AuditLog(box.audit)
+    log.append("key", {"event": "renewing", "name": box.settings.clinic})
+    expires = _post(box, statement.to_json())
+    keep_expiry(box.directory, expires)
+    with explained("write", box.key):
+        waiting.replace(box.key)
+        sync_directory(box.directory)
+    log.append("key", {"event": "renewed", "name": box.settings.clinic})
+    return expires
+
+
+def follow_server(box: Box) -> PublicIdentity | None:
+    """Pin the identity that took the place of the pinned server's, if one did, and return it.
+
+    Each step has to be signed by the identity before it, and the last one to be one of
+    ``policy.signers`` where that is set.
+
+    Raises:
+        SignerNotAllowed: the clinic's people have to agree first.
+        WrongSignature, SealingError: what the server shows is forged or damaged.
+        ConnectionFailed, CertificateRefused, StorageError: as their names say.
+    """
+    pinned = box.server_identity
+    federation, server = box.settings.server.federation, box.settings.server.address
+    document = _answer_of(box, lambda http: http.get(f"{url_of(server)}/v1/succession"))
+    lines: Any = document.get("succession")
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise SealingError(
+            f"the server {server} does not say how its identity came about: install the same "
+            "fedpeft release on both sides"
+        )
+    found = newest(lines, pinned, federation=federation, holder=SERVER)
+    if found == pinned:
+        return None
+    signers = box.settings.policy.signers
+    if signers is not None and found.fingerprint not in signers:
+        raise SignerNotAllowed(
+            f"the server passed its office on to the identity {found.fingerprint}, which "
+            "policy.signers in client.toml does not list: it is not followed; compare the "
+            "fingerprint with the central site by telephone before you add it"
+        )
+    about = {"event": "server-renewed", "identity": found.fingerprint, "before": pinned.fingerprint}
+    AuditLog(box.audit).append("key", about)
+    write_atomically(box.directory / SERVER_IDENTITY_FILE, public_line(found), mode=0o600)
+    return found
+
+
+def _post(box: Box, statement: str) -> datetime.datetime:
+    url = f"{url_of(box.settings.server.address)}/v1/renew"
+    document = _answer_of(box, lambda http: http.post(url, content=statement.encode()))
+    try:
+        return datetime.datetime.fromisoformat(str(document.get("keys_expire")))
+    except ValueError as error:
+        raise not_a_server(box.settings.server.address) from error
+
+
+def _answer_of(box: Box, ask: Callable[[httpx.Client], httpx.Response]) -> dict[str, Any]:
+    server = box.settings.server.address
+    with open_http(read_ca(box.ca)) as http:
+        try:
+            response = ask(http)
+        except httpx.TransportError as error:
+            raise explain(error, server) from error
+    if response.status_code == HTTPStatus.FORBIDDEN:
+        raise EnrolmentError(
+            f"the server {server} does not know this box's keys as they are: it was removed or "
+            "its keys expired, so ask for a new invitation and join in an empty directory"
+        )
+    if response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        raise EnrolmentError(
+            f"the server {server} has seen too many attempts from this network: wait a minute, "
+            "and try again"
+        )
+    try:
+        document = json.loads(response.content)
+    except ValueError as error:
+        raise not_a_server(server) from error
+    if response.status_code != HTTPStatus.OK or not isinstance(document, dict):
+        raise not_a_server(server)
+    return document
+
+
+def _public_pem(key: ec.EllipticCurvePrivateKey) -> str:
+    return (
+        key.public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode("ascii")
+    )
