@@ -142,6 +142,15 @@ def test_what_is_too_long_is_refused_with_the_numbers_and_the_talk_goes_on(engin
     assert turns[0]["content"] == "hello"
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: several test processes at once ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_answer_and_once_more_ends(engine: Engine):
     shown, said, lines = list[str](), list[str](), iter(["hello", "again"])
 

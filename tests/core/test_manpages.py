@@ -137,6 +137,8 @@ def test_the_shell_completes_every_command(name: str):
 def test_completion_is_printed_for_the_shell(shell: str):
     program = Path(sys.executable).parent / "fedpeft-client"
     command = [program, "--show-completion", shell]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # Else typer looks for the shell that it was started from, which a test has not.
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "_FEDPEFT_CLIENT_COMPLETE=complete_" in done.stdout
+    assert f"_FEDPEFT_CLIENT_COMPLETE=complete_{shell}" in done.stdout
