@@ -6,7 +6,7 @@ answer is finished.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,10 +16,11 @@ from fedpeft_client.inference.answers import QueuedAnswer
 from fedpeft_client.inference.batching import Batcher, Request
 from fedpeft_client.inference.catalogue import BASE
 from fedpeft_client.inference.chat_template import ChatTemplate
-from fedpeft_client.inference.engine import Message, Sampling
+from fedpeft_client.inference.engine import Sampling
 from fedpeft_client.inference.llama_model import Adapter, LlamaModel
 from fedpeft_client.inference.prepared import Prepared
-from fedpeft_client.inference.prompts import cut_messages, room, too_long, unknown
+from fedpeft_client.inference.prompts import too_long, unknown
+from fedpeft_client.inference.token_engine import TokenEngine
 
 _MOST_LOADED: Final = 8
 """Adapters in memory; the one that was not asked for the longest goes when another comes."""
@@ -34,7 +35,7 @@ class LlamaLimits:
     threads: int
 
 
-class LlamaEngine:
+class LlamaEngine(TokenEngine):
     """See :class:`fedpeft_client.inference.engine.Engine`."""
 
     def __init__(
@@ -62,7 +63,8 @@ class LlamaEngine:
         )
         self.context = min(limits.context, self._model.trained_context, self._model.cells)
         vocabulary = self._model.vocabulary
-        self._template = ChatTemplate(vocabulary.template, bos=vocabulary.bos, eos=vocabulary.eos)
+        template = ChatTemplate(vocabulary.template, bos=vocabulary.bos, eos=vocabulary.eos)
+        super().__init__(template, vocabulary.eos)
         self._batcher = Batcher(self._model, limits.parallel)
         self._loaded: dict[Path, Adapter] = {}
         self._lock = threading.RLock()
@@ -77,32 +79,6 @@ class LlamaEngine:
     def models(self) -> tuple[str, ...]:
         """Return what can answer."""
         return (BASE, *self._files.adapters)
-
-    def chat(
-        self, messages: Sequence[Message], *, model: str | None = None, options: Sampling
-    ) -> QueuedAnswer:
-        """Begin the answer to a conversation.
-
-        Raises:
-            UnknownAdapter, BadRequest, PromptTooLong: as the protocol says.
-        """
-        tokens = self._tokens(self._template.prompt(messages))
-        if options.cut_prompt:
-            tokens = cut_messages(
-                messages, lambda kept: self._tokens(self._template.prompt(kept)), self.context
-            )
-        return self._begin(tokens, model, options)
-
-    def complete(self, prompt: str, *, model: str | None = None, options: Sampling) -> QueuedAnswer:
-        """Begin the continuation of a text.
-
-        Raises:
-            UnknownAdapter, BadRequest, PromptTooLong: as the protocol says.
-        """
-        tokens = self._tokens(prompt) or self._tokens(self._model.vocabulary.eos)
-        if options.cut_prompt:
-            tokens = tokens[-room(self.context) :]
-        return self._begin(tokens, model, options)
 
     def refresh(self) -> None:
         """Read the catalogue now, and load the adapter in use.

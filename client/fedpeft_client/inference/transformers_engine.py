@@ -9,7 +9,7 @@ under another one.
 import queue
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from fedpeft.models import choose_device, choose_dtype, context_length, load_bas
 from fedpeft_client.inference.answers import QueuedAnswer
 from fedpeft_client.inference.catalogue import BASE, Catalogue, Look
 from fedpeft_client.inference.chat_template import ChatTemplate
-from fedpeft_client.inference.engine import Finish, Message, Piece, Sampling, Usage
-from fedpeft_client.inference.prompts import cut_messages, room, too_long, unknown
+from fedpeft_client.inference.engine import Finish, Piece, Sampling, Usage
+from fedpeft_client.inference.prompts import too_long, unknown
 from fedpeft_client.inference.text_stream import TextStream
+from fedpeft_client.inference.token_engine import TokenEngine
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class _Task:
     answer: QueuedAnswer
 
 
-class TransformersEngine:
+class TransformersEngine(TokenEngine):
     """See :class:`fedpeft_client.inference.engine.Engine`."""
 
     def __init__(
@@ -60,11 +61,9 @@ class TransformersEngine:
         self._base.network.eval()
         self.context = min(context, context_length(base) or context)
         self._tokenizer: Any = self._base.tokenizer
-        self._template = ChatTemplate(
-            self._tokenizer.chat_template,
-            bos=self._tokenizer.bos_token or "",
-            eos=self._tokenizer.eos_token or "",
-        )
+        end: str = self._tokenizer.eos_token or ""
+        start: str = self._tokenizer.bos_token or ""
+        super().__init__(ChatTemplate(self._tokenizer.chat_template, bos=start, eos=end), end)
         self._ends = self._end_tokens()
         self._look = look
         self._catalogue: Catalogue = look()
@@ -84,32 +83,6 @@ class TransformersEngine:
     def models(self) -> tuple[str, ...]:
         """Return what can answer."""
         return (BASE, *self._catalogue.adapters)
-
-    def chat(
-        self, messages: Sequence[Message], *, model: str | None = None, options: Sampling
-    ) -> QueuedAnswer:
-        """Begin the answer to a conversation.
-
-        Raises:
-            UnknownAdapter, BadRequest, PromptTooLong: as the protocol says.
-        """
-        tokens = self._tokens(self._template.prompt(messages))
-        if options.cut_prompt:
-            tokens = cut_messages(
-                messages, lambda kept: self._tokens(self._template.prompt(kept)), self.context
-            )
-        return self._begin(tokens, model, options)
-
-    def complete(self, prompt: str, *, model: str | None = None, options: Sampling) -> QueuedAnswer:
-        """Begin the continuation of a text.
-
-        Raises:
-            UnknownAdapter, BadRequest, PromptTooLong: as the protocol says.
-        """
-        tokens = self._tokens(prompt) or self._tokens(self._tokenizer.eos_token or "")
-        if options.cut_prompt:
-            tokens = tokens[-room(self.context) :]
-        return self._begin(tokens, model, options)
 
     def refresh(self) -> None:
         """Read the catalogue now; adapters are loaded when they are asked for."""
