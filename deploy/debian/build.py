@@ -80,8 +80,7 @@ def stage(root: Path, moment: int) -> None:
     (root / "usr/bin").mkdir(mode=0o755)
     for program in PROGRAMS:
         (root / "usr/bin" / program).symlink_to(f"/opt/fedpeft/bin/{program}")
-        completion = _said(program, "--show-completion", "bash")
-        _put(root / "usr/share/bash-completion/completions" / program, completion)
+        _put(root / "usr/share/bash-completion/completions" / program, _completion(program))
     _manual_pages(root / "usr/share/man/man1", moment)
     doc = root / "usr/share/doc/fedpeft"
     _put(doc / "copyright", COPYRIGHT.encode())
@@ -128,11 +127,13 @@ def _packed(data: bytes) -> bytes:
     return gzip.compress(data, compresslevel=9, mtime=0)
 
 
-def _said(program: str, *arguments: str) -> bytes:
+def _completion(program: str) -> bytes:
     command = shutil.which(program, path=str(Path(sys.executable).parent))
     if command is None:
         raise FileNotFoundError(f"{program} is not installed beside {sys.executable}")
-    return _run([command, *arguments], dict(os.environ))
+    # Not --show-completion: that is for the shell it was started from, and a service has none.
+    variable = f"_{program.upper().replace('-', '_')}_COMPLETE"
+    return _run([command], {**os.environ, variable: "source_bash"})
 
 
 def _run(command: list[str], environment: dict[str, str]) -> bytes:
