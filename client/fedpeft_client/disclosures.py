@@ -39,7 +39,7 @@ WORDS: Final[Mapping[tuple[str, str], str]] = {
 REASON_WORDS: Final = "a reason word in place of an answer, readable for the central site"
 OTHER: Final = "a message of a kind that this release does not know"
 JOINING: Final = (
-    "joined the federation: the public keys of this box, a signature and the token of the "
+    "asked to join the federation: the public keys of this box, a signature and the token of the "
     "invitation, readable for the central site"
 )
 NOT_LISTED: Final = (

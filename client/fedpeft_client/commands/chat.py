@@ -95,7 +95,7 @@ def generate(
         left = kept.left(questions, asking) if kept else questions
         if len(left) < len(questions):
             program.say(f"{len(questions) - len(left)} answers are in {out} already; going on")
-        program.say(f"{asking.model} answers {len(left)} questions")
+        program.say(f"{asking.model} answers {len(left)} question{'' if len(left) == 1 else 's'}")
         parallel = box.settings.inference.parallel
         for answered in answers(engine, left, asking, parallel=parallel):
             if kept:
