@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint types imports check install clean deb offline-install
+.PHONY: help demo test lint types imports check install clean deb offline-install chaos
 
 help:                 ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -41,6 +41,9 @@ deb: .venv/ready      ## build the package for Debian (dist/)
 
 offline-install: .venv/ready ## slow: bundle everything and install it without a network
 	FEDPEFT_FULL_BUNDLE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration/test_offline_install.py -k whole
+
+chaos: .venv/ready    ## slow: ten minutes of kills and bad links (FEDPEFT_CHAOS_SEED=7 for others)
+	FEDPEFT_CHAOS_SECONDS=$${FEDPEFT_CHAOS_SECONDS:-120} OMP_NUM_THREADS=1 $(BIN)/pytest -o log_cli=true -o log_cli_level=WARNING tests/integration/test_chaos.py
 
 clean:                ## remove what was built and installed (not runs/)
 	rm -rf .venv dist build

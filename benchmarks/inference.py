@@ -13,7 +13,9 @@ helps. Run it on a machine that does nothing else.
 import argparse
 import contextlib
 import json
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,8 @@ from report import bar, emit
 QUANTISATIONS = ("q4_0", "q4_k_m")
 PARALLEL, CONTEXT, CLINIC = 4, 1024, "bench"
 _ANYWHERE = "--listen=127.0.0.1:0"
+# As people start them: importing fedpeft here has set how long the threads of ours spin.
+_PLAIN = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
 _WORDS = ("patient", "tablet", "morning", "doctor", "fever", "rest", "water", "night", "dose")
 
 Figures: TypeAlias = dict[str, float]
@@ -46,6 +50,8 @@ def main() -> None:
     if not options.model.is_dir():
         sys.exit(f"inference: {options.model} is not here; name a model with --model")
     with tempfile.TemporaryDirectory() as folder:
+        if options.large:
+            options.model = _large(options.model, Path(folder) / "random-1.1b")
         boxes = {each: _box(Path(folder) / each, each, options) for each in QUANTISATIONS}
         contestants = _contestants(boxes, options)
         turns = [
@@ -59,6 +65,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("../shared/models/stories260k"))
+    parser.add_argument(
+        "--large", action="store_true", help="random weights of 1.1B, with the model's tokenizer"
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=160, help="words of a prompt")
@@ -91,6 +100,24 @@ def _contestants(
     for name in ("bf16", "nf4"):
         found[f"transformers {name}"] = lambda name=name: _apart(name, options)
     return found
+
+
+def _large(model: Path, directory: Path) -> Path:
+    """Write a model of TinyLlama's shape; how fast it is does not depend on its weights."""
+    import torch
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+    own = AutoConfig.from_pretrained(model)
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, vocab_size=own.vocab_size, max_position_embeddings=2048,
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, dtype=torch.bfloat16,
+    )  # fmt: skip
+    network: Any = LlamaForCausalLM(config)
+    network.to(torch.bfloat16).save_pretrained(directory)
+    for path in [*model.glob("tokenizer*"), *model.glob("*.jinja")]:
+        shutil.copy(path, directory)
+    return directory
 
 
 # A box with adapters of the model's own shape
@@ -155,7 +182,7 @@ def _arrive(directory: Path, number: int, model: Path) -> None:
 def _process(command: list[str], pattern: str) -> Generator[tuple[psutil.Process, str, float]]:
     """Start a server; yield it, its address and the seconds it took to be ready."""
     began = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_PLAIN) as server:
         try:
             assert server.stderr is not None  # for the type checker  # noqa: S101
             found = next((m for line in server.stderr if (m := re.search(pattern, line))), None)
@@ -185,7 +212,7 @@ def _raw(box: Path, options: argparse.Namespace, *, lora: bool = False) -> Figur
 
 def _measure(url: str, model: str, process: psutil.Process, options: argparse.Namespace) -> Figures:
     """Ask once to warm up, then alone three times, then four at once."""
-    with httpx.Client(base_url=url, timeout=600) as client:
+    with _client(url) as client:
         _ask(client, model, options)
         alone = [_ask(client, model, options) for _ in range(1 if options.quick else 3)]
         began = time.perf_counter()
@@ -203,6 +230,12 @@ def _measure(url: str, model: str, process: psutil.Process, options: argparse.Na
         / statistics.mean(one["whole_s"] for one in together),
         "rss_mb": process.memory_info().rss / 2**20,
     }
+
+
+def _client(url: str) -> httpx.Client:
+    # llama.cpp's server closes a connection after some requests without saying so.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=url, timeout=600, limits=limits)
 
 
 _asked = iter(range(1, 1 << 30))
@@ -244,7 +277,7 @@ def _swap(box: Path, options: argparse.Namespace) -> Figures:
     command = [sys.executable, "-m", "fedpeft_client", "serve", str(box), _ANYWHERE]
     with _process(command, r" on (https?://\S+)/v1") as (process, url, _):
         stop = threading.Event()
-        with httpx.Client(base_url=url, timeout=600) as client:
+        with _client(url) as client:
             _ask(client, CLINIC, options)
             before = process.memory_info().rss
 
@@ -305,7 +338,7 @@ def _apart(name: str, options: argparse.Namespace) -> Figures:
     command = [sys.executable, __file__, f"--contestant={name}", f"--model={options.model}",
                f"--threads={options.threads}", f"--prompt={options.prompt}",
                f"--tokens={options.tokens}"]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=_PLAIN)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -361,7 +394,8 @@ def _report(options: argparse.Namespace, turns: list[dict[str, Figures]], swap: 
     def median(name: str, figure: str) -> float:
         return round(statistics.median(turn[name][figure] for turn in turns), 3)
 
-    speed, ours = "generation_tokens_per_s", f"ours {QUANTISATIONS[1]}"
+    speed = "generation_tokens_per_s"
+    ours, raw = (f"{each} {QUANTISATIONS[1]}" for each in ("ours", "raw"))
     emit(
         "inference",
         {
@@ -373,6 +407,10 @@ def _report(options: argparse.Namespace, turns: list[dict[str, Figures]], swap: 
                 for name in turns[0]
             },
             "new_adapter": swap,
+            "speed_over_raw_both_with_adapter": worst(
+                "ours {} + lora", "raw {} + lora", speed, min
+            ),
+            "parallel_over_one_of_raw": median(raw, "parallel_over_one"),
         },
         {
             "speed_over_raw": bar(worst("ours {}", "raw {}", speed, min), ">=", 0.95),

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
 from llama_logits import LlamaModel
 from numpy.typing import NDArray
 from peft import PeftModel
@@ -70,6 +72,16 @@ class Subject:
             write_base(self.merged if merged else self.base, path, quantisation)
         return path
 
+    def unpacked(self, quantisation: Quantisation) -> Path:
+        """Return the weights of the GGUF file in 32 bits, written if that is not there.
+
+        llama.cpp rounds activations to 8 bits beside quantised weights, and not beside these.
+        """
+        path = self.work / f"{quantisation}-unpacked.gguf"
+        if not path.exists():
+            _unpack(self.gguf(quantisation), path)
+        return path
+
     def remembered(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what was measured under ``key``, now or before."""
         path = self.work / "figures.json"
@@ -79,6 +91,24 @@ class Subject:
             path.write_text(json.dumps(figures, indent=1))
             gc.collect()
         return figures[key]
+
+
+def _unpack(source: Path, path: Path) -> None:
+    reader = GGUFReader(source)
+    half = path.with_suffix(".half")
+    writer = GGUFWriter(half, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, values.reshape(tensor.shape[::-1]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    half.rename(path)
 
 
 def rows(subject: Subject, file: str, most: int, length: int) -> tuple[EncodedExample, ...]:
@@ -148,8 +178,13 @@ def llama_log_probabilities(model: LlamaModel, tokens: Sequence[int]) -> NDArray
     return torch.from_numpy(model.logits(tokens)).log_softmax(-1).numpy()
 
 
-def agreement(subject: Subject, quantisation: Quantisation) -> dict[str, Any]:
+def agreement(
+    subject: Subject, quantisation: Quantisation, *, unpacked: bool = False
+) -> dict[str, Any]:
     """Compare greedy answers with transformers + PEFT on the same dequantised weights.
+
+    llama.cpp reads the quantised file, or its weights ``unpacked`` to 32 bits, in which it
+    computes attention too then.
 
     llama.cpp answers; transformers reads the prompt and that answer. It would have given the
     same answer if, and only if, each token is the most likely one after those before it.
@@ -160,7 +195,10 @@ def agreement(subject: Subject, quantisation: Quantisation) -> dict[str, Any]:
     stop = [cast("int", cast("Any", reference.base.tokenizer).eos_token_id)]
     same: list[bool] = []
     differences: list[float] = []
-    with LlamaModel(base, adapter=subject.lora, context=_LONGEST, threads=subject.threads) as model:
+    file = subject.unpacked(quantisation) if unpacked else base
+    with LlamaModel(
+        file, adapter=subject.lora, context=_LONGEST, exact=unpacked, threads=subject.threads
+    ) as model:
         for prompt in prompts:
             answer = model.greedy(prompt, ANSWER, stop)
             tokens, begin = [*prompt, *answer], len(prompt) - 1

@@ -23,6 +23,8 @@
     ├── PolicyRefused              12   refused-by-clinic
     │   ├── SecAggRequired         12   secagg-required
     │   ├── BudgetSpent            12   budget
+    │   ├── UnitNotAllowed         12   unit-not-allowed
+    │   ├── LossesNotAllowed       12   losses-not-allowed
     │   ├── SignerNotAllowed       12   signer-not-allowed
     │   ├── BaseNotAllowed         12   base-not-allowed
     │   ├── MethodNotAllowed       12   method-not-allowed
@@ -57,9 +59,10 @@
     │   ├── UnknownAdapter         17   unknown-adapter
     │   ├── PromptTooLong          17   prompt-too-long
     │   └── BadRequest             17   bad-request
-    └── EvidenceError              18   bad-evidence
-        ├── AuditLogDamaged        18   audit-log-damaged
-        └── LineageRefused         18   wrong-lineage
+    ├── EvidenceError              18   bad-evidence
+    │   ├── AuditLogDamaged        18   audit-log-damaged
+    │   └── LineageRefused         18   wrong-lineage
+    └── StickRefused               19   stick-refused
 
 Exit code 2 is a wrong command line, 130 a stop by Ctrl-C. Codes are never
 reused. The *message* is one sentence for the person at this machine: what was
@@ -227,6 +230,18 @@ class BudgetSpent(PolicyRefused):
     """The clinic's own bound on privacy loss would be passed, or cannot be kept."""
 
     reason = "budget"
+
+
+class UnitNotAllowed(PolicyRefused):
+    """The job protects less than the clinic's people demand: records, and not patients."""
+
+    reason = "unit-not-allowed"
+
+
+class LossesNotAllowed(PolicyRefused):
+    """The job asks for exact losses beside noise, and the clinic's people do not allow it."""
+
+    reason = "losses-not-allowed"
 
 
 class SignerNotAllowed(PolicyRefused):
@@ -450,6 +465,13 @@ class LineageRefused(EvidenceError):
     reason = "wrong-lineage"
 
 
+class StickRefused(FedpeftError):
+    """A file that came on a stick is lost, old, doubled, foreign or damaged."""
+
+    exit_code = 19
+    reason = "stick-refused"
+
+
 LASTING_REASONS = frozenset(
     error.reason
     for error in (
@@ -460,6 +482,7 @@ LASTING_REASONS = frozenset(
         DataError,
         FingerprintMismatch,
         LedgerDamaged,
+        LossesNotAllowed,
         MethodNotAllowed,
         NotSeparable,
         PolicyRefused,
@@ -469,6 +492,7 @@ LASTING_REASONS = frozenset(
         SignerNotAllowed,
         SizeLimit,
         StepsLimit,
+        UnitNotAllowed,
     )
 )
 """Reasons for which a clinic will refuse the same job again, until a person changes something."""

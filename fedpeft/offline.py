@@ -24,9 +24,10 @@ _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Arithmetic threads that wait sleep instead of spinning: on two cores with another busy program
-# a round took 6 s instead of 16 s (docs/measurements.md).
-_NEIGHBOURLY = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Arithmetic threads that wait spin for some microseconds and then sleep. Spinning for long made a
+# round take 16 s instead of 6 s beside another busy program; sleeping at once made llama.cpp
+# generate 30 tokens/s instead of 105 (docs/measurements.md).
+_NEIGHBOURLY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 _HUB_OFF = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 

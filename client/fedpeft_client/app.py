@@ -31,7 +31,10 @@ from fedpeft.protocol import (
 from fedpeft.protocol.lineage import LINEAGE
 from fedpeft.protocol.lineage_check import arrived
 from fedpeft.protocol.privacy import PRIVACY
+from fedpeft.protocol.successions import Links, successions_of
 from fedpeft.protocol.sums import model_digest
+from fedpeft.sealing import clinic_role
+from fedpeft.sealing.succession import newest_key
 from fedpeft.secagg import STAGES
 from fedpeft_client.clinic import Clinic
 from fedpeft_client.learning import Trained
@@ -81,7 +84,10 @@ class ClinicDesk:
         tell: Callable[[str], None] | None = None,
         now: Now = local_now,
         trail: Trail = Trail(),  # noqa: B008  (it keeps nothing)
+        mailbox: Mailbox | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
+        """Answer; ``mailbox`` and ``shelf`` are those that outlive the process, if any do."""
         self._find_clinic = find_clinic
         self._work = work
         self._seen = seen
@@ -89,10 +95,11 @@ class ClinicDesk:
         self._now = now
         self._trail = trail
         self._tell = tell
-        self._mailbox = Mailbox()
-        self._shelf = Shelf()
-        self._sums = SecureSums()
+        self._mailbox = mailbox or Mailbox()
+        self._shelf = shelf or Shelf()
+        self._sums = SecureSums(self._admit)
         self._peers: dict[str, PeerBook] = {}
+        self._links: dict[str, Links] = {}
         self._paid: dict[str, tuple[tuple[int, bytes], Trained]] = {}
 
     def sealed(self, kind: str) -> Handler:
@@ -111,19 +118,14 @@ class ClinicDesk:
             assignment = self._assignment(kind, clinic, request, "secagg")
             self._sums.require_new(clinic, request.context, kind)
             # What is left of an attempt before is void, and need not stay in memory.
-            self._sums.forget(clinic.name)
+            self._sums.forget(clinic)
             outcome = self._do(kind, clinic, request, assignment)
-            keys = self._sums.begin(
-                clinic,
-                request.context,
-                assignment,
-                outcome,
-                lambda peers: self._admit(clinic, peers),
-            )
+            keys = self._sums.begin(clinic, request.context, assignment, outcome)
             return Payload(_told(clinic, outcome), keys)
 
         def go_on(clinic: Clinic, request: Request) -> Payload:
             data = request.payload.blob
+            self._links[clinic.name] = successions_of(request.payload, source="the server")
             answer = self._sums.go_on(clinic, request.context, stage, data)
             if (kind, stage) == (TRAIN, STAGES[-1]):
                 # Two sums with the same noise, over other clinics, would show single updates.
@@ -137,7 +139,8 @@ class ClinicDesk:
             clinic = self._find_clinic(context)
             try:
                 request = self._mailbox.open(clinic, message)
-                return self._mailbox.answer(clinic, request, answer(clinic, request))
+                clinic = request.clinic
+                return self._mailbox.answer(request, answer(clinic, request))
             except AdapterNotHeld as error:
                 _LOG.info("%s: %s", clinic.name, error)  # as after every start
                 self._trail.refused(message, error)
@@ -199,11 +202,22 @@ class ClinicDesk:
         if clinic.name not in self._peers:
             accept_new = clinic.aggregation.new_peers == "accept"
             self._peers[clinic.name] = PeerBook(clinic.membership.peers, accept_new=accept_new)
-        new = self._peers[clinic.name].admit(peers)
-        if new and self._tell is not None:
+        links = self._links.get(clinic.name, {})
+
+        def follow(name: str, pinned: bytes) -> bytes:
+            holder, shown = clinic_role(name), links.get(name, ())
+            return newest_key(shown, pinned, federation=clinic.federation, holder=holder)
+
+        met = self._peers[clinic.name].admit(peers, follow)
+        if met.new and self._tell is not None:
             self._tell(
-                f"{clinic.name}: first sum together with {', '.join(new)}; their keys are "
+                f"{clinic.name}: first sum together with {', '.join(met.new)}; their keys are "
                 "remembered (fedpeft-client peers)"
+            )
+        if met.renewed and self._tell is not None:
+            self._tell(
+                f"{clinic.name}: {', '.join(met.renewed)} renewed the identity, as the old one has "
+                "signed; the new key is remembered (fedpeft-client peers)"
             )
 
 

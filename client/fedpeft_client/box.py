@@ -4,10 +4,16 @@ client.toml     what the clinic's people decide
 key.pem         the private key of the connection, mode 600; it never leaves the box
 ca.pem          the certificate authority of the federation
 identity.key    the private identity, mode 600, encrypted if ``[keys]`` says so
+identity.next.key  the one that is to take its place, while ``rotate --identity`` runs
+earlier-*.keys  what opens checkpoints of before the identity was renewed, encrypted
 server.identity the server's public identity, pinned when the box joined
 peers.json      the keys of other clinics, as this box has seen them
 status.json     what the client last took part in
 checkpoints/    the round that is under way, encrypted; empty between rounds
+sums/           the secure sum that is under way, encrypted, and which ones were opened
+sticks/         what a box without a network remembers from one stick to the next
+client.lock     held by the one program that takes part with this box
+standing.json   under which number it does, and what it was asked last
 refusal.json    the last order that a rule of client.toml forbade
 traffic.json    the bytes of the present day, where client.toml limits them
 adapters/       the adapters that the server sent, and which one of them is in use
@@ -26,16 +32,16 @@ from typing import TYPE_CHECKING
 from fedpeft.config import load_settings
 from fedpeft.errors import EnrolmentError, SealingError
 from fedpeft.sealing.identity import Identity, PublicIdentity
-from fedpeft.sealing.keyfile import load_identity, protection_from
+from fedpeft.sealing.keyfile import Protection, load_identity, protection_from
 from fedpeft.sealing.public_file import load_public_identity
 from fedpeft.sealing.words import federation_words
 from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.clinic import CONFIG_FILE, Clinic, Membership, clinic_of
+from fedpeft_client.clinic import Clinic, Membership, clinic_of
 from fedpeft_client.enrolment import CA_FILE, IDENTITY_FILE, KEY_FILE, SERVER_IDENTITY_FILE
 from fedpeft_client.fleet import read_ca
 from fedpeft_client.peers import PeerBook
 from fedpeft_client.refusals import RefusalFile
-from fedpeft_client.settings import ClientSettings
+from fedpeft_client.settings import CONFIG_FILE, ClientSettings
 from fedpeft_client.status import StatusFile
 from fedpeft_client.traffic import TrafficMeter
 
@@ -163,13 +169,15 @@ class Box:
         files = (self.settings.data.train, self.settings.data.valid)
         return [self.directory / path for path in files if path is not None]
 
-    def clinic(self, identity: Identity) -> Clinic:
+    def clinic(self, identity: Identity, others: tuple[Identity, ...] = ()) -> Clinic:
         """Return the clinic as the client app sees it; ``identity`` is its own, unlocked.
+
+        For ``others`` see :class:`Membership`.
 
         Raises:
             SealingError, StorageError: the server's identity cannot be read.
         """
-        membership = Membership(identity, self.server_identity, self.peers_path)
+        membership = Membership(identity, self.server_identity, self.peers_path, others)
         return clinic_of(self.settings, self.directory, membership)
 
     def load_identity(self, ask: Callable[[], str]) -> Identity:
@@ -180,8 +188,15 @@ class Box:
             SealingError: the file is damaged.
             StorageError: other users can read it.
         """
-        protection = protection_from(self.settings.keys, self.directory, ask)
-        return load_identity(self.identity_path, protection)
+        return load_identity(self.identity_path, self.protection(ask))
+
+    def protection(self, ask: Callable[[], str]) -> Protection:
+        """Return how the private identity is encrypted; ``ask`` as of :meth:`load_identity`.
+
+        Raises:
+            KeyLocked: the passphrase or key file is missing.
+        """
+        return protection_from(self.settings.keys, self.directory, ask)
 
 
 def open_box(directory: Path) -> Box:

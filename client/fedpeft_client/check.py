@@ -23,7 +23,12 @@ from fedpeft.models.source import weight_files
 from fedpeft_client.box import Box
 from fedpeft_client.clinic import allowed_bases
 from fedpeft_client.fleet import load_key
-from fedpeft_client.key_life import expiry_warnings, keys_expire, renewal_in_progress
+from fedpeft_client.key_life import (
+    expiry_warnings,
+    identity_in_progress,
+    keys_expire,
+    renewal_in_progress,
+)
 from fedpeft_client.peers import key_fingerprint
 from fedpeft_client.reachability import probe
 from fedpeft_client.working_hours import is_open, local_now, next_opening
@@ -66,11 +71,11 @@ def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
 
 def _key(box: Box) -> str:
     load_key(box.key)
-    waiting = renewal_in_progress(box.key)
-    if waiting.exists():
-        raise EnrolmentError(
-            f"{waiting} is of a renewal that broke off: run fedpeft-client rotate once more"
-        )
+    for waiting in (renewal_in_progress(box.key), identity_in_progress(box.identity_path)):
+        if waiting.exists():
+            raise EnrolmentError(
+                f"{waiting} is of a renewal that broke off: run fedpeft-client rotate once more"
+            )
     expires = keys_expire(box.directory)
     until = "" if expires is None else f", good until {expires:%Y-%m-%d}"
     warnings = "".join(f"; WARNING: {each}" for each in expiry_warnings(box.directory, box.ca))

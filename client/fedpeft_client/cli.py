@@ -20,6 +20,7 @@ from fedpeft.errors import ConfigError, EnrolmentError, FedpeftError, LedgerDama
 from fedpeft.storage import write_atomically
 from fedpeft.watchdog import supervised
 from fedpeft_client.commands import adapters, audit_log, chat, export, keys, serve
+from fedpeft_client.commands import round as rounds
 from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def join(
     words: Annotated[
         str | None, typer.Option(help="the federation's words, as the central site read them out")
     ] = None,
+    stick: Annotated[
+        Path | None,
+        typer.Option(help="without a network: the request to write, for the central site"),
+    ] = None,
 ) -> None:
     """Enrol this box with an invitation file.
 
@@ -52,21 +57,24 @@ def join(
     the federation's words, and with --words stops before anything is sent if they are
     others; writes DIR (key.pem, identity.key, server.identity, ca.pem, client.toml); sends
     a public key, a public identity, a signature and the one-time token to the server that
-    the invitation names, and nothing else.
+    the invitation names, and nothing else. With --stick it sends nothing, and writes these into
+    a file, with a proof in the token's place; the box has joined when fedpeft-client ticket
+    has taken in what the central site answers.
     """
     from fedpeft.config import KeySettings, parse_settings
     from fedpeft.sealing.keyfile import protection_from
     from fedpeft.sealing.words import same_words
-    from fedpeft_client.clinic import CONFIG_FILE
     from fedpeft_client.enrolment import IDENTITY_FILE, read_invitation
     from fedpeft_client.enrolment import join as enrol
     from fedpeft_client.settings import (
+        CONFIG_FILE,
         BoxModelSettings,
         ClientSettings,
         DataSettings,
         ServerSettings,
         settings_toml,
     )
+    from fedpeft_client.sticks.joining import ask_to_join
     from fedpeft_client.trail import joining
 
     invited = read_invitation(invitation)
@@ -88,15 +96,24 @@ def join(
     # After an interrupted attempt the identity is there, and its passphrase is not new.
     ask = partial(ask_passphrase, confirm=not (directory / IDENTITY_FILE).exists())
     protection = protection_from(keys, Path(), ask)
-    with joining(directory, invited.clinic):
-        enrolment = enrol(invitation, directory, protection)
     settings = ClientSettings(
-        clinic=enrolment.clinic,
-        server=ServerSettings(address=enrolment.server, federation=enrolment.federation),
-        model=BoxModelSettings(directory=base.resolve(), fingerprint=enrolment.fingerprint),
+        clinic=invited.clinic,
+        server=ServerSettings(address=invited.server, federation=invited.federation),
+        model=BoxModelSettings(directory=base.resolve(), fingerprint=invited.fingerprint),
         data=DataSettings(train=train.resolve(), valid=valid and valid.resolve(), format=layout),
         keys=keys,
     )
+    if stick is not None:
+        with joining(directory, invited.clinic, by_stick=True):
+            own = ask_to_join(invited, directory, protection, settings_toml(settings), stick)
+        program.say(
+            f"wrote {stick}, this box's fingerprint is {own.fingerprint}; bring the file to the "
+            "central site, and with what comes back run: fedpeft-client ticket TICKET "
+            f"{quote(str(directory))}"
+        )
+        return
+    with joining(directory, invited.clinic):
+        enrolment = enrol(invitation, directory, protection)
     write_atomically(directory / CONFIG_FILE, settings_toml(settings).encode())
     program.say(
         f"joined federation {enrolment.federation} as {enrolment.clinic}, this box's fingerprint "
@@ -156,6 +173,10 @@ def status(directory: BoxDirectory = Path()) -> None:
 
     for line in status_lines(open_box(directory)):
         typer.echo(line)
+
+
+# A whole round of training may take an hour, and a service manager does not wait for it.
+_GRACE_S = 10
 
 
 class _ShownByDefault(TyperGroup):
@@ -239,20 +260,24 @@ def start(directory: BoxDirectory = Path()) -> None:
     """Take part until stopped with Ctrl-C: wait for the server's rounds and train in them.
 
     Reads the records and the base model; writes DIR/adapters, DIR/status.json,
-    DIR/refusal.json, DIR/traffic.json, DIR/peers.json, DIR/checkpoints, the privacy ledger
-    and, before anything leaves, DIR/audit; sends the adapter's change, summed losses, token counts
-    and the number of training rows: masked, so that the server learns only sums over
-    clinics, unless DIR/client.toml allows that it opens them (require_secagg = false). Of
-    a job with noise no loss is sent, but what it cost. What the rules of DIR/client.toml
-    forbid is refused by the rule's name.
+    DIR/standing.json, DIR/refusal.json, DIR/traffic.json, DIR/peers.json, DIR/checkpoints,
+    the privacy ledger and, before anything leaves, DIR/audit; sends the adapter's change,
+    summed losses, token counts and the number of training rows: masked, so that the server
+    learns only sums over clinics, unless DIR/client.toml allows that it opens them
+    (require_secagg = false). Of a job with noise no loss is sent, but what it cost. What the
+    rules of DIR/client.toml forbid is refused by the rule's name.
     """
+    stop = threading.Event()
+    _stop_on_signals(stop)
     from fedpeft_client.app import ClinicDesk, build_client_app
     from fedpeft_client.box import open_box
+    from fedpeft_client.box_lock import only_program
     from fedpeft_client.connection import ConnectionSettings, Event, serve
     from fedpeft_client.key_life import expiry_warnings
     from fedpeft_client.live_clinic import LiveClinic
     from fedpeft_client.narration import narrate_events, narrate_steps
     from fedpeft_client.processors import bound_processors
+    from fedpeft_client.standing import KeptStanding
     from fedpeft_client.trail import BoxTrail, unlocking
     from fedpeft_client.work import ClinicWork
 
@@ -261,13 +286,12 @@ def start(directory: BoxDirectory = Path()) -> None:
     logging.captureWarnings(capture=True)
     if box.settings.limits.threads is not None:
         bound_processors(box.settings.limits.threads)
-    stop = threading.Event()
-    _stop_on_signals(stop)
     with unlocking(box.audit):
-        clinic = LiveClinic(box, box.load_identity(partial(ask_passphrase, confirm=False)))
+        clinic = LiveClinic(box, box.protection(partial(ask_passphrase, confirm=False)))
     for warning in expiry_warnings(box.directory, box.ca):
         program.say(f"warning: {warning}")
     trail = BoxTrail.open(box.audit, clinic.present, program.say)
+    clinic.when_renewed(trail.kept_by)
     desk = ClinicDesk(
         lambda _context: clinic.present,
         ClinicWork(narrate_steps(program.say), program.say),
@@ -294,24 +318,36 @@ def start(directory: BoxDirectory = Path()) -> None:
             trail.connection(event.kind)
 
     app = build_client_app(desk)
-    with supervised(), trail.session():
-        serve(app, settings, stop=stop, on_event=listen, trail=trail)
+    with supervised(), only_program(directory), trail.session():
+        standing = KeptStanding(directory)
+        serve(app, settings, stop=stop, on_event=listen, trail=trail, standing=standing)
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
-    """Let the first Ctrl-C finish the answer being computed, and the second end at once."""
+    """Let the first Ctrl-C finish the answer being computed if that is soon done.
+
+    The second one, or the end of that time, ends at once: the box goes on from its checkpoint.
+    """
 
     def handle(*_: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
-        program.say("stopping when the present answer is done; Ctrl-C again stops at once")
+        program.say(
+            f"stopping when the present answer is done, in {_GRACE_S} seconds at the latest; "
+            "Ctrl-C again stops at once"
+        )
         stop.set()
+        # To the main thread, so that a call that it waits in ends too.
+        end = threading.Timer(_GRACE_S, signal.pthread_kill, (main, signal.SIGINT))
+        end.daemon = True
+        end.start()
 
+    main = threading.main_thread().ident or 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
 
 
-for topic in (adapters, chat, serve, export, audit_log, keys):
+for topic in (adapters, chat, serve, export, audit_log, keys, rounds):
     program.app.add_typer(topic.app)
 
 

@@ -20,19 +20,20 @@ from fedpeft_client.settings import (
     StoreSettings,
 )
 
-CONFIG_FILE = "client.toml"
-
 
 @dataclass(frozen=True, slots=True)
 class Membership:
     """A clinic's identity in its federation, and the server's that was pinned at enrolment.
 
-    ``peers`` is where the identities of other clinics are kept; None: in memory.
+    ``peers`` is where the identities of other clinics are kept; None: in memory. While the
+    identity is renewed, ``others`` are those that messages may be sealed for as well: the one
+    that is to come, or the one that was there before.
     """
 
     identity: Identity
     server: PublicIdentity
     peers: Path | None = None
+    others: tuple[Identity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Clinic:
     ``adapter_directory`` is where a simulation writes the last one, whatever it is like.
     ``personal_directory`` is for what it trains and never sends; None: kept in memory.
     ``checkpoint_directory`` is for rounds that were stopped; None: they begin anew.
+    ``sums_directory`` is for what a secure sum must not forget; None: kept in memory.
     ``ledger`` is the file in which every use of the records is charged. ``test_seed``
     makes samples and noise of a simulation repeat; a box never has one.
     """
@@ -64,6 +66,7 @@ class Clinic:
     personal_directory: Path | None = None
     checkpoint_directory: Path | None = None
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    sums_directory: Path | None = None
     test_seed: int | None = None
 
 
@@ -99,4 +102,5 @@ def clinic_of(settings: ClientSettings, directory: Path, membership: Membership)
         personal_directory=directory / "personal",
         checkpoint_directory=directory / "checkpoints",
         checkpoints=settings.checkpoints,
+        sums_directory=directory / "sums",
     )

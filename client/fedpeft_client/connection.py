@@ -5,6 +5,7 @@ server sends, answers only the message types it was told to, and treats every
 outage as passing. It never asks for Flower's app bundles.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -19,12 +20,15 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.run import Run
 
-from fedpeft.errors import PolicyRefused
+from fedpeft.errors import AdapterNotHeld, OutOfOrder, PolicyRefused
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
 from fedpeft.protocol import MESSAGE_TYPES
+from fedpeft.secagg import STAGES
 from fedpeft_client.answering import Application, answer, refusal
 from fedpeft_client.fleet import Clock, FleetClient, load_key, open_http, read_ca
-from fedpeft_client.session import MessageLost, RunEnded, Session, Stopped
+from fedpeft_client.patient_calls import MessageLost, PatientCalls, RunEnded, Stopped
+from fedpeft_client.session import Session
+from fedpeft_client.standing import Standing
 from fedpeft_client.traffic import TrafficMeter
 from fedpeft_client.trail import Trail
 
@@ -35,6 +39,10 @@ _BUSY_S: Final = 60.0
 _LOST_PAUSE_S: Final = 1.0
 # With the day's bytes used up, asking has only to find out that the day is over.
 _SPENT_S: Final = 30.0
+_WAITING: Final = (
+    "the server still counts this clinic as online: another process uses its key, or one "
+    "ended without notice less than a minute ago"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,7 @@ def serve(
     on_event: Callable[[Event], None] = _ignore,
     clock: Clock = time.time,
     trail: Trail = Trail(),  # noqa: B008  (it keeps nothing)
+    standing: Standing = Standing(),  # noqa: B008  (it keeps nothing)
 ) -> None:
     """Answer the server's messages with ``client_app`` until ``stop`` is set.
 
@@ -115,6 +124,7 @@ def serve(
         clock: seconds since the epoch; replaced only by tests.
         trail: told of every message before it is answered, and before its answer leaves; what
             it raises ends this call, and nothing more is sent but a goodbye.
+        standing: what a former process on this clinic's folder left.
 
     Raises:
         FlowerPinError: another Flower version is installed.
@@ -123,13 +133,15 @@ def serve(
         CertificateRefused: what answers has no certificate of the federation's CA.
         ClockSkew: the clocks differ by more than the server accepts.
         ConnectionFailed: what answers is of another version.
+        StorageError: ``standing`` cannot be written.
     """
     require_pinned_flower()
     quiet_flower_log()
     key = load_key(settings.key)
     with open_http(read_ca(settings.ca), settings.traffic) as http:
-        session = Session(
-            FleetClient(settings.server, http, key, clock),
+        client = FleetClient(settings.server, http, key, clock)
+        calls = PatientCalls(
+            client,
             http,
             settings.server,
             key,
@@ -138,19 +150,19 @@ def serve(
             clock=clock,
             on_outage=lambda trouble: on_event(Event(kind="disconnected", detail=trouble)),
             on_recovery=lambda: on_event(Event(kind="connected")),
-            on_waiting=lambda: on_event(
-                Event(
-                    kind="waiting",
-                    detail="the server still counts this clinic as online: another process "
-                    "uses its key, or one ended without notice less than a minute ago",
-                )
-            ),
+        )
+        session = Session(
+            client,
+            calls,
+            standing,
+            server=settings.server,
+            on_waiting=lambda: on_event(Event(kind="waiting", detail=_WAITING)),
         )
         try:
             session.activate()
             on_event(Event(kind="connected"))
             with session.heartbeat():
-                _Worker(session, client_app, settings, stop, on_event, trail).work()
+                _Worker(session, standing, client_app, settings, stop, on_event, trail).work()
         except Stopped:
             pass
         finally:
@@ -166,6 +178,7 @@ class _Worker:
     def __init__(
         self,
         session: Session,
+        standing: Standing,
         app: Application,
         settings: ConnectionSettings,
         stop: threading.Event,
@@ -173,6 +186,7 @@ class _Worker:
         trail: Trail,
     ) -> None:
         self._session = session
+        self._standing = standing
         self._trail = trail
         self._app = app
         self._settings = settings
@@ -182,21 +196,43 @@ class _Worker:
         self._context: Context | None = None
 
     def work(self) -> None:
+        self._excuse()
         busy_until = 0.0
         while not self._stop.is_set():
             try:
                 found = self._session.poll()
                 if found is not None:
+                    self._standing.asked(found[0])
                     self._handle(*found)
+                    self._standing.answered()
                     busy_until = time.monotonic() + _BUSY_S
                     continue
             except RunEnded:
+                self._standing.answered()
                 self._on_event(Event(kind="dropped", detail="the run has ended"))
             except MessageLost as lost:
+                self._standing.answered()
                 log.warning("%s", lost)
                 self._on_event(Event(kind="dropped", detail=str(lost)))
                 self._stop.wait(_LOST_PAUSE_S)
             self._stop.wait(self._pause(busy=time.monotonic() < busy_until))
+
+    def _excuse(self) -> None:
+        """Say that what a former process was asked has to be asked again.
+
+        It held what was sent before, or its part of a secure sum, in memory: the reasons are
+        those of a clinic that is asked anything after a restart.
+        """
+        head = self._standing.question
+        if head is None:
+            return
+        stage = head.metadata.message_type.partition(".")[2]
+        lost = AdapterNotHeld if stage in ("", STAGES[0]) else OutOfOrder
+        reply = refusal(head, lost.reason)
+        self._trail.leaving(reply)
+        with contextlib.suppress(RunEnded, MessageLost):
+            self._session.deliver(reply, 0.0)
+        self._standing.answered()
 
     def _pause(self, *, busy: bool) -> float:
         traffic = self._settings.traffic

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedpeft.config import PrivacySettings, PrivacyUnit
 from fedpeft.data import EncodedExample
-from fedpeft.errors import BudgetSpent, PolicyRefused, PrivacyError
+from fedpeft.errors import BudgetSpent, LossesNotAllowed, PrivacyError, UnitNotAllowed
 from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.calibration import (
     calibrated,
@@ -56,7 +56,8 @@ def cost_of(clinic: Clinic, job: Job, examples: Sequence[EncodedExample], coordi
     """Return what the next round of ``job`` costs; ``coordinates`` is the size of what is sent.
 
     Raises:
-        PolicyRefused: the job asks for what this clinic does not allow.
+        UnitNotAllowed, LossesNotAllowed, BudgetSpent: the job asks for what this clinic does not
+            allow.
         PrivacyError: no noise gives what the job promises.
         DataError: the job protects patients and the records name none.
     """
@@ -83,7 +84,7 @@ def cost_of(clinic: Clinic, job: Job, examples: Sequence[EncodedExample], coordi
 
 def _require_unit(clinic: Clinic, privacy: PrivacySettings) -> None:
     if clinic.privacy.unit == "patient" and privacy.unit == "record":
-        raise PolicyRefused(
+        raise UnitNotAllowed(
             'the job protects single records, and privacy.unit = "patient" in client.toml demands '
             "all records of a patient: nothing was computed; ask the central site for "
             'unit = "patient"'
@@ -116,14 +117,14 @@ def require_losses_allowed(clinic: Clinic, job: Job) -> None:
     """Check that ``job`` has no exact losses reported that this clinic wants protected.
 
     Raises:
-        PolicyRefused: it asks for them beside noise, and the clinic does not allow it.
+        LossesNotAllowed: it asks for them beside noise, and the clinic does not allow it.
         BudgetSpent: it has no noise at all, and the clinic bounds its privacy loss.
     """
     own, privacy = clinic.privacy, job.privacy
     if own.exact_losses:
         return
     if privacy is not None and privacy.exact_losses:
-        raise PolicyRefused(
+        raise LossesNotAllowed(
             "the server asks for exact losses, which no noise protects, and privacy.exact_losses "
             "= false in client.toml forbids it: nothing was computed; set it to true if this "
             "clinic agrees, or ask the central site to leave them out"

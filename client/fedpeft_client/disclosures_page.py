@@ -32,6 +32,7 @@ table { border-collapse: collapse; width: 100%; margin: .4rem 0 1rem; }
 th, td { border: 1px solid #bbb; padding: .3rem .5rem; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
 th { background: #f0f0f0; font-weight: 600; }
+th, td:first-child { white-space: nowrap; }
 td.number { text-align: right; white-space: nowrap; }
 .verdict { border: 2px solid #2d6a2d; padding: .5rem .8rem; margin: 1rem 0; }
 .verdict.bad { border-color: #a40000; }

@@ -29,7 +29,7 @@ from fedpeft.sealing.public_file import public_line
 from fedpeft.sealing.words import federation_words
 from fedpeft.storage import write_once
 from fedpeft_client.fleet import explain, load_key, not_a_server, open_http, url_of
-from fedpeft_client.key_life import keep_expiry
+from fedpeft_client.key_life import Expiry, keep_expiry
 
 KEY_FILE: Final = "key.pem"
 CA_FILE: Final = "ca.pem"
@@ -127,36 +127,54 @@ def join(invitation_file: Path, directory: Path, protection: Protection) -> Enro
         SealingError: ``identity.key`` is damaged.
     """
     invitation = read_invitation(invitation_file)
-    key_path, ca_path = directory / KEY_FILE, directory / CA_FILE
-    pin_path, pin = directory / SERVER_IDENTITY_FILE, public_line(invitation.identity)
-    if ca_path.exists():
-        raise EnrolmentError(
-            f"{directory} is enrolled in a federation already: "
-            "join with another, empty directory, or delete this one to leave its federation"
-        )
-    _require_same_server(pin_path, pin)
-    key = _own_key(key_path)
-    identity = _own_identity(directory / IDENTITY_FILE, protection)
-    expires = _post(invitation, key, identity)
-    if expires is not None:
-        keep_expiry(directory, expires)
-    try:
-        if not pin_path.exists():
-            write_once(pin_path, pin, mode=0o600)
-        # The last file: it says that this directory is enrolled.
-        write_once(ca_path, invitation.ca_pem.encode("ascii"), mode=0o600)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
+    key, identity = own_keys(invitation, directory, protection)
+    settle(invitation, directory, _post(invitation, key, identity))
     return Enrolment(
         server=invitation.server,
         federation=invitation.federation,
         clinic=invitation.clinic,
         fingerprint=invitation.fingerprint,
-        key=key_path,
-        ca=ca_path,
+        key=directory / KEY_FILE,
+        ca=directory / CA_FILE,
         identity=identity.public,
         server_identity=invitation.identity,
     )
+
+
+def own_keys(
+    invitation: Invitation, directory: Path, protection: Protection
+) -> tuple[ec.EllipticCurvePrivateKey, Identity]:
+    """Return the keys of the box in ``directory``, made if this is the first attempt to join.
+
+    Raises:
+        EnrolmentError: the directory is enrolled already, or by another server's invitation.
+        StorageError, KeyLocked, SealingError: see :func:`join`.
+    """
+    if (directory / CA_FILE).exists():
+        raise EnrolmentError(
+            f"{directory} is enrolled in a federation already: "
+            "join with another, empty directory, or delete this one to leave its federation"
+        )
+    _require_same_server(directory / SERVER_IDENTITY_FILE, public_line(invitation.identity))
+    key = _own_key(directory / KEY_FILE)
+    return key, _own_identity(directory / IDENTITY_FILE, protection)
+
+
+def settle(invitation: Invitation, directory: Path, expires: Expiry | None) -> None:
+    """Write what a box that was accepted needs, its authority last: that says it is enrolled.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    if expires is not None:
+        keep_expiry(directory, expires)
+    pin_path = directory / SERVER_IDENTITY_FILE
+    try:
+        if not pin_path.exists():
+            write_once(pin_path, public_line(invitation.identity), mode=0o600)
+        write_once(directory / CA_FILE, invitation.ca_pem.encode("ascii"), mode=0o600)
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
 
 
 def read_invitation(path: Path) -> Invitation:
@@ -253,6 +271,15 @@ def new_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def public_pem(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return the public half of a connection key, in PEM."""
+    return (
+        key.public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode("ascii")
+    )
+
+
 def _own_identity(path: Path, protection: Protection) -> Identity:
     if path.exists():
         return load_identity(path, protection)
@@ -278,20 +305,18 @@ def _require_same_server(path: Path, pin: bytes) -> None:
 
 def _post(
     invitation: Invitation, key: ec.EllipticCurvePrivateKey, identity: Identity
-) -> datetime.datetime | None:
+) -> Expiry | None:
     """Enrol, and return until when the keys are good; None: an older server does not say."""
-    public_key = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public_key = public_pem(key)
     document = {
         "token": invitation.token,
-        "public_key": public_key.decode("ascii"),
+        "public_key": public_key,
         "identity": identity.public.to_text(),
         "proof": prove_possession(
             identity,
             federation=invitation.federation,
             token=invitation.token,
-            public_key_pem=public_key.decode("ascii"),
+            public_key_pem=public_key,
         ),
     }
     with open_http(invitation.ca_pem) as http:
@@ -302,10 +327,10 @@ def _post(
     if response.status_code != HTTPStatus.OK:
         raise _refusal(invitation.server, response)
     try:
-        return datetime.datetime.fromisoformat(response.json()["keys_expire"])
+        return Expiry.told(response.json())
     except KeyError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise not_a_server(invitation.server) from error
 
 

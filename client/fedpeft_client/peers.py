@@ -2,7 +2,8 @@
 
 Their signing keys come in lists from the server. A server that made clinics up,
 or stood between two, would have to show other keys than before; the keys of the
-first time are kept, and a person decides about a change.
+first time are kept. A key that the one before has signed takes its place by itself;
+about any other change a person decides.
 """
 
 import contextlib
@@ -10,7 +11,8 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -21,6 +23,21 @@ from fedpeft.storage import explained, write_atomically
 
 SCHEMA: Final = 1
 _NAME: Final = re.compile(NAME_PATTERN)
+Follow = Callable[[str, bytes], bytes]
+"""Returns the signing key that took the place of a clinic's pinned one, by the statements of
+its holders; the pinned one itself where there are none. Raises WrongSignature or SealingError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Met:
+    """Whom a book has got to know: names pinned for the first time, and those with a new key."""
+
+    new: tuple[str, ...] = ()
+    renewed: tuple[str, ...] = ()
+
+
+def _stays(_name: str, pinned: bytes) -> bytes:
+    return pinned
 
 
 def key_fingerprint(key: bytes) -> str:
@@ -49,32 +66,39 @@ class PeerBook:
         self._accept_new = accept_new
         self._in_memory: dict[str, bytes] = {}
 
-    def admit(self, peers: Mapping[str, bytes]) -> list[str]:
+    def admit(self, peers: Mapping[str, bytes], follow: Follow = _stays) -> Met:
         """Compare keys with those that were pinned, and pin the new ones: all or none.
 
         The new ones are on the disk before this returns.
 
         Args:
             peers: clinic name to Ed25519 public key, 32 bytes.
+            follow: asked about a key that differs from the pinned one.
 
         Returns:
-            The names that are pinned from now on, sorted.
+            Whose key is pinned from now on, in the order of names.
 
         Raises:
-            UnknownPeer: a key differs from the pinned one, is new where none may be,
-                is another clinic's, or a name or key is none.
+            UnknownPeer: a key differs from the pinned one and did not take its place, is new
+                where none may be, is another clinic's, or a name or key is none.
+            WrongSignature, SealingError: ``follow`` was shown a forgery.
             StorageError: the file is damaged or cannot be written.
         """
         with self._locked():
             pinned = self._read()
             for name, key in sorted(peers.items()):
-                self._check(name, key, pinned)
-            new = sorted(peers.keys() - pinned.keys())
+                self._check(name, key, pinned, follow)
+            met = Met(
+                new=tuple(sorted(peers.keys() - pinned.keys())),
+                renewed=tuple(
+                    name for name, key in sorted(peers.items()) if pinned.get(name, key) != key
+                ),
+            )
             together = {**pinned, **peers}
             _require_distinct(together)
-            if new:
+            if together != pinned:
                 self._write(together)
-        return new
+        return met
 
     def known(self) -> dict[str, str]:
         """Return name and key fingerprint of all pinned clinics, by name.
@@ -100,7 +124,7 @@ class PeerBook:
                 )
             self._write(pinned)
 
-    def _check(self, name: str, key: bytes, pinned: Mapping[str, bytes]) -> None:
+    def _check(self, name: str, key: bytes, pinned: Mapping[str, bytes], follow: Follow) -> None:
         if not _NAME.fullmatch(name) or len(key) != KEY_BYTES:
             raise UnknownPeer(
                 f"the server names a clinic {name!r:.80} whose name or key is none: the update "
@@ -112,12 +136,14 @@ class PeerBook:
                 f'"refuse": its fingerprint is {key_fingerprint(key)}; compare it with that '
                 'clinic by telephone, and start once with "accept" if it is right'
             )
-        if pinned.get(name, key) != key:
+        before = pinned.get(name, key)
+        # Only a chain that ends with this very key explains it: not one that goes on from it.
+        if before != key and follow(name, before) != key:
             raise UnknownPeer(
                 f"the key of the clinic {name} has changed since this box first saw it, from "
-                f"{key_fingerprint(pinned[name])} to {key_fingerprint(key)}: compare "
-                "fingerprints with that clinic by telephone, and if the new one is right, run "
-                f"`fedpeft-client peers DIR --forget {name}`"
+                f"{key_fingerprint(before)} to {key_fingerprint(key)}, and the old one has not "
+                "signed that: compare fingerprints with that clinic by telephone, and if the new "
+                f"one is right, run `fedpeft-client peers DIR --forget {name}`"
             )
 
     def _read(self) -> dict[str, bytes]:

@@ -1,20 +1,15 @@
-"""Calls to the server that outlive outages: activation, heartbeats, messages.
+"""One clinic's standing with the server: online or not, and its messages on their way.
 
-Every call is repeated with growing pauses until it succeeds, the server says
-that it never will, or the stop event is set.
+Every call outlives outages, see ``patient_calls``. Must not know what messages are about.
 """
 
 import contextlib
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Generator
-from http import HTTPStatus
-from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
@@ -34,7 +29,7 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -49,57 +44,21 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
     push_objects,
 )
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 
-from fedpeft.errors import (
-    CertificateRefused,
-    ConnectionFailed,
-    EnrolmentError,
-    PolicyRefused,
-    SizeLimit,
-)
-from fedpeft.watchdog import came_round
-from fedpeft_client.fleet import Clock, FleetClient, check_skew, explain, load_key, measure
-from fedpeft_client.key_life import renewal_in_progress
+from fedpeft.errors import ConnectionFailed, PolicyRefused, SizeLimit
+from fedpeft_client.fleet import FleetClient
+from fedpeft_client.patient_calls import MessageLost, PatientCalls, Rejected
+from fedpeft_client.standing import Standing
 
 log: Final = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S: Final = 0.5
-_LONGEST_PAUSE_S: Final = 30.0
-_OUTAGE_STATUSES: Final = frozenset({429, 502, 503, 504})
-# Flower answers 500 when its database is busy, which passes, but also when a
-# message can never be stored, which does not.
-_TRIES_AT_500: Final = 8
 _ACTIVATION_PAUSE_S: Final = 2.0
 _BEAT_S: Final = 20.0
 _BEAT_AGAIN_S: Final = 3.0
 _GOODBYE_S: Final = 1.0
 _UPLOAD_TRIES: Final = 3
 _MAX_OBJECTS: Final = 10_000
-
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
-
-
-class Stopped(Exception):
-    """The stop event was set while a call was under way."""
-
-
-class RunEnded(Exception):
-    """The server no longer takes part in the run of this message."""
-
-
-class MessageLost(Exception):
-    """A message or reply cannot be transferred; the next one may well be."""
-
-
-class _Rejected(MessageLost):
-    """The server refused a call for good; ``code`` is Flower's, or None."""
-
-    def __init__(self, status: int, code: int | None) -> None:
-        super().__init__(f"the server answered HTTP {status}")
-        self.code = code
 
 
 class Session:
@@ -108,32 +67,28 @@ class Session:
     def __init__(
         self,
         client: FleetClient,
-        http: httpx.Client,
-        server: str,
-        key: ec.EllipticCurvePrivateKey,
+        calls: PatientCalls,
+        standing: Standing,
         *,
-        key_file: Path,
-        stop: threading.Event,
-        clock: Clock,
-        on_outage: Callable[[str], None],
-        on_recovery: Callable[[], None],
+        server: str,
         on_waiting: Callable[[], None],
     ) -> None:
-        """Prepare; nothing is sent before :meth:`activate`."""
+        """Prepare; nothing is sent before :meth:`activate`.
+
+        Args:
+            client: the calls themselves.
+            calls: the way in which they are made.
+            standing: what a former process of this clinic left.
+            server: the address, for people.
+            on_waiting: told once if the server has to notice first that another process ended.
+        """
         self._client = client
-        self._http = http
+        self._calls = calls
+        self._call = calls.call
+        self._standing = standing
         self._server = server
-        self._public_key = public_key_to_bytes(key.public_key())
-        self._key_file = key_file
-        self._stop = stop
-        self._clock = clock
-        self._on_outage = on_outage
-        self._on_recovery = on_recovery
         self._on_waiting = on_waiting
         self._node = Node()
-        self._reachable = True
-        self._beat_now = threading.Event()
-        self._lock = threading.Lock()
 
     @property
     def node_id(self) -> int:
@@ -141,39 +96,60 @@ class Session:
         return self._node.node_id
 
     def activate(self) -> None:
-        """Come online; wait while the server still believes in a former process.
+        """Come online, in the place of a former process of this folder if there was one.
+
+        Waits while the server believes in another process, which is for up to a minute after
+        one of which nothing is known here has vanished.
 
         Raises:
             Stopped: the stop event was set first.
             EnrolmentError: the server does not know the key.
             ClockSkew, CertificateRefused: see :mod:`fedpeft_client.fleet`.
+            StorageError: the folder cannot be written.
         """
-        request = ActivateNodeRequest(
-            public_key=self._public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-        )
         told = False
-        while True:
-            try:
-                self._node = Node(node_id=self._call(self._client.ActivateNode, request).node_id)
-                return
-            except _Rejected as refused:
-                if refused.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-                    raise ConnectionFailed(
-                        f"the server {self._server} refuses this machine ({refused}): "
-                        "check that both run the same fedpeft version"
-                    ) from refused
+        while not self._comes_online():
             if not told:
                 self._on_waiting()
             told = True
-            self._pause(_ACTIVATION_PAUSE_S)
+            self._calls.pause(_ACTIVATION_PAUSE_S)
+        self._standing.online(self.node_id)
+
+    def _comes_online(self) -> bool:
+        request = ActivateNodeRequest(
+            public_key=self._calls.public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        try:
+            self._node = Node(node_id=self._call(self._client.ActivateNode, request).node_id)
+        except Rejected as refused:
+            if refused.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                raise ConnectionFailed(
+                    f"the server {self._server} refuses this machine ({refused}): "
+                    "check that both run the same fedpeft version"
+                ) from refused
+            return self._succeeds()
+        return True
+
+    def _succeeds(self) -> bool:
+        """Go on under the number of the former process on this folder, if there was one."""
+        if not self._standing.node:
+            return False
+        self._node = Node(node_id=self._standing.node)
+        try:
+            return self._call(self._client.SendNodeHeartbeat, self._sign_of_life()).success
+        except MessageLost:
+            # The clinic was given another number since.
+            self._node = Node()
+            return False
 
     def deactivate(self) -> None:
         """Say goodbye, so that the server need not wait a minute to notice; never fails."""
-        if not self.node_id or not self._reachable:
+        if not self.node_id or not self._calls.reachable:
             return
         self._client.hurry(_GOODBYE_S)
         with contextlib.suppress(httpx.HTTPError, ValueError, PolicyRefused):
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
+            self._standing.left()
 
     @contextlib.contextmanager
     def heartbeat(self) -> Generator[None]:
@@ -187,7 +163,7 @@ class Session:
             yield
         finally:
             ended.set()
-            self._beat_now.set()
+            self._calls.recovered.set()
             beating.join(_GOODBYE_S)
 
     def poll(self) -> tuple[Message, ObjectTree] | None:
@@ -308,96 +284,15 @@ class Session:
         )
         return counted.taken
 
-    def _call(self, method: Callable[[_Request], _Response], request: _Request) -> _Response:
-        pause, tries_at_500 = _FIRST_PAUSE_S, 0
-        while True:
-            if self._stop.is_set():
-                raise Stopped
-            came_round()
-            try:
-                response = method(request)
-            except httpx.HTTPStatusError as error:
-                tries_at_500 += error.response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR
-                trouble = self._judge(error.response, tries_at_500)
-            except httpx.TransportError as error:
-                explained = explain(error, self._server)
-                if isinstance(explained, CertificateRefused):
-                    raise explained from error
-                trouble = str(explained)
-            except ValueError as error:
-                raise MessageLost("the server gave an answer that cannot be read") from error
-            else:
-                self._note_recovery()
-                return response
-            self._note_outage(trouble)
-            self._pause(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-    def _judge(self, response: httpx.Response, tries_at_500: int) -> str:
-        """Return what passes by itself as a sentence; raise what does not."""
-        status = response.status_code
-        if status == HTTPStatus.UNAUTHORIZED:
-            return self._judge_unauthorised()
-        if status in _OUTAGE_STATUSES or 0 < tries_at_500 < _TRIES_AT_500:
-            return f"the server {self._server} is busy (HTTP {status})"
-        error = FlowerError.from_json(response.text)
-        if status == HTTPStatus.FORBIDDEN:
-            raise RunEnded
-        raise _Rejected(status, None if error is None else error.code)
-
-    def _judge_unauthorised(self) -> str:
-        # Flower gives one answer for a wrong clock and an unknown key.
-        try:
-            skew_s, _ = measure(self._http, self._server, self._clock)
-        except CertificateRefused:
-            raise
-        except ConnectionFailed as error:
-            return str(error)
-        check_skew(skew_s)
-        if self._takes_renewed_key():
-            return "the key of this machine's connection was renewed"
-        raise EnrolmentError(
-            f"the server {self._server} does not know this machine's key: the clinic was removed, "
-            "or the server set up anew, so ask for a new invitation and join again"
-        )
-
-    def _takes_renewed_key(self) -> bool:
-        """Say whether the key was renewed since, or is about to be, and sign with it."""
-        key = load_key(self._key_file)
-        public = public_key_to_bytes(key.public_key())
-        if public == self._public_key:
-            return renewal_in_progress(self._key_file).exists()
-        self._public_key = public
-        self._client.sign_with(key)
-        return True
-
-    def _pause(self, seconds: float) -> None:
-        # Many clinics lose the server at the same moment and should not all
-        # come back at the same moment.
-        jitter = 0.5 + secrets.randbelow(1000) / 2000
-        if self._stop.wait(seconds * jitter):
-            raise Stopped
-
-    def _note_outage(self, trouble: str) -> None:
-        with self._lock:
-            known, self._reachable = not self._reachable, False
-        if not known:
-            self._on_outage(trouble)
-
-    def _note_recovery(self) -> None:
-        with self._lock:
-            known, self._reachable = self._reachable, True
-        if not known:
-            # The server may have counted this clinic as gone meanwhile.
-            self._beat_now.set()
-            self._on_recovery()
-
-    def _beat(self, ended: threading.Event) -> None:
-        request = SendNodeHeartbeatRequest(
+    def _sign_of_life(self) -> SendNodeHeartbeatRequest:
+        return SendNodeHeartbeatRequest(
             node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
+
+    def _beat(self, ended: threading.Event) -> None:
+        request = self._sign_of_life()
         while not ended.is_set():
-            self._beat_now.clear()
+            self._calls.recovered.clear()
             try:
                 self._client.SendNodeHeartbeat(request)
                 pause = _BEAT_S
@@ -405,7 +300,7 @@ class Session:
                 log.debug("heartbeat failed: %s", type(error).__name__)
                 pause = _BEAT_AGAIN_S
             if not ended.is_set():
-                self._beat_now.wait(pause)
+                self._calls.recovered.wait(pause)
 
 
 class _Allowance:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from fedpeft.config import LARGEST_DELTA, Adversary, ComputeDtype, KeySettings, Name, Settings
 from fedpeft_client.working_hours import checked_window
 
+CONFIG_FILE = "client.toml"
 Method = Literal["lora", "personal", "base-change"]
 """What a job does: train LoRA factors, keep some of them on the box, change the base model."""
 

@@ -1,6 +1,7 @@
 """The last adapter that each clinic in this process was sent, so that only changes need come.
 
-In memory: a box that was started anew is sent the whole adapter once.
+In memory: a box that was started anew is sent the whole adapter once. With a stick, where
+each message is another process, it is kept on the disk (see ``sticks/memory.py``).
 """
 
 from fedpeft.protocol.parcel import Held, opened
@@ -26,8 +27,12 @@ class Shelf:
         held = self._alike(digest)
         if held is None:
             held = opened(request.parcel(), self._held.get(clinic.name), digest)
-        self._held[clinic.name] = held
+        if self._held.get(clinic.name) is not held:
+            self._keep(clinic, held)
         return held
+
+    def _keep(self, clinic: Clinic, held: Held) -> None:
+        self._held[clinic.name] = held
 
     def _alike(self, digest: str) -> Held | None:
         """Return what another clinic of this process was sent already."""

@@ -5,7 +5,7 @@ numbers are summed, and when a further sum would tell too much.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,6 @@ from fedpeft.protocol.sums import (
 from fedpeft.sealing import Context
 from fedpeft.secagg import (
     STAGES,
-    AdmitPeers,
     AgreeToSum,
     ClinicSession,
     Layout,
@@ -37,39 +36,69 @@ from fedpeft.secagg import (
     State,
     masked_vector,
 )
+from fedpeft.secagg.kept_session import KeptSession
 from fedpeft_client.clinic import Clinic
+from fedpeft_client.kept_sum import KeptSum, SumFolder, Summand
 from fedpeft_client.learning import Trained
+from fedpeft_client.opened_sums import OpenedSums
 from fedpeft_client.work import Assignment, Measured
+
+Admit = Callable[[Clinic, Mapping[str, bytes]], object]
+"""Told a clinic, and name and Ed25519 key of the others in its sum; raises to refuse one."""
 
 
 @dataclass(frozen=True)
 class _Contribution:
-    """Values float32 (coordinates,), their weight in rows, and integers, to be masked.
+    """What is added, to be masked; ``names`` are those of the integers in their order."""
 
-    ``names`` are those of the integers in their order.
-    """
-
-    values: NDArray[np.float32]
-    weight: int
-    integers: Mapping[str, int]
+    summand: Summand
     names: tuple[str, ...]
     terms: SumTerms
 
     def masked(self, clinics: int, add: Sequence[bytes], subtract: Sequence[bytes]) -> bytes:
-        layout = Layout(self.values.size, self.names, self.terms.bits, clinics)
-        quantiser = Quantiser(self.terms.bits, self.terms.limit)
+        values, terms = self.summand.values, self.terms
+        layout = Layout(values.size, self.names, terms.bits, clinics)
         masked, _ = masked_vector(
-            self.values, self.weight, self.integers, quantiser, layout, add, subtract
+            values,
+            self.summand.weight,
+            self.summand.integers,
+            Quantiser(terms.bits, terms.limit),
+            layout,
+            add,
+            subtract,
         )
         return masked
 
 
-class SecureSums:
-    """The sessions of the clinics in this process, by clinic name."""
+@dataclass
+class _Sum:
+    """The sum that a clinic is in; ``summand`` is None once it was masked."""
 
-    def __init__(self) -> None:
-        self._sessions: dict[str, tuple[Context, ClinicSession]] = {}
-        self._finished: set[tuple[str, int, str, int]] = set()
+    context: Context
+    job: Job
+    session: ClinicSession
+    summand: Summand | None
+
+    def kept(self) -> KeptSum:
+        return KeptSum(
+            context=self.context,
+            session=self.session.session,
+            job=self.job,
+            steps=self.session.kept(),
+            summand=self.summand,
+        )
+
+
+class SecureSums:
+    """The sums of the clinics in this process, by clinic name.
+
+    Where a clinic has a folder for it, each step is on the disk before its answer leaves.
+    """
+
+    def __init__(self, admit: Admit) -> None:
+        self._admit = admit
+        self._sums: dict[str, _Sum] = {}
+        self._opened: dict[str, OpenedSums] = {}
 
     def require_new(self, clinic: Clinic, context: Context, kind: str) -> None:
         """Check, before any work is done, that a sum of this round was not opened already.
@@ -77,9 +106,10 @@ class SecureSums:
         Two sums of one round over different clinics differ by a single update.
 
         Raises:
-            AlreadyAggregated: it was.
+            AlreadyAggregated: it was, in this process or one before.
+            StorageError: that cannot be known.
         """
-        if (clinic.name, context.run, kind, context.round) in self._finished:
+        if self._opened_of(clinic).has(context.run, kind, context.round):
             raise AlreadyAggregated(
                 f"the server asks again for round {context.round}, whose sum this clinic has "
                 "already helped to open: a second sum could show single updates; start the "
@@ -92,9 +122,12 @@ class SecureSums:
         context: Context,
         assignment: Assignment,
         outcome: Trained | Measured,
-        admit: AdmitPeers,
     ) -> bytes:
-        """Open a session with what the clinic computed, and return its keys for the server."""
+        """Open a session with what the clinic computed, and return its keys for the server.
+
+        Raises:
+            StorageError: it cannot be kept; nothing may leave.
+        """
         kind = TRAIN if isinstance(outcome, Trained) else EVALUATE
         job = assignment.job
         session = Session(
@@ -105,19 +138,15 @@ class SecureSums:
             kind=kind,
             model=model_digest(job, assignment.held.to_bytes()),
         )
-        self.forget(clinic.name)
-        opened = ClinicSession(
-            session,
-            clinic.name,
-            clinic.membership.identity,
-            _contribution(outcome, job, clinic.name),
-            adversary=clinic.aggregation.adversary,
-            least=(job.privacy and job.privacy.honest_clinics) or 0,
-            admit=admit,
-            agree=_agreement(job, clinic.name, kind),
-        )
-        self._sessions[clinic.name] = context, opened
-        return opened.receive(STAGES[0], b"")
+        self.forget(clinic)
+        summand = _summand(outcome, job, clinic.name)
+        opened = self._session(clinic, session, job, summand, None)
+        begun = _Sum(context, job, opened, summand)
+        keys = opened.receive(STAGES[0], b"")
+        if clinic.sums_directory is not None:
+            SumFolder(clinic).begin(begun.kept())
+        self._sums[clinic.name] = begun
+        return keys
 
     def go_on(self, clinic: Clinic, context: Context, stage: str, data: bytes) -> bytes:
         """Answer a later request of the session.
@@ -126,15 +155,11 @@ class SecureSums:
             OutOfOrder: this clinic has no session, or another stage is due.
             WrongContext: the request belongs to another session.
             AggregationRefused: it must not be answered; the session is over.
+            StorageError: how far it came cannot be written; nothing may leave.
         """
-        if clinic.name not in self._sessions:
-            raise OutOfOrder(
-                "the server goes on with a secure sum that this clinic did not begin, or lost when "
-                "it was restarted: nothing is answered"
-            )
-        begun, session = self._sessions[clinic.name]
-        kind, number, attempt = session.session.kind, begun.round, begun.attempt
-        same = (number, attempt, begun.run, begun.schema, kind) == (
+        begun = self._begun(clinic)
+        session, about = begun.session, begun.context
+        same = (about.round, about.attempt, about.run, about.schema, session.session.kind) == (
             context.round,
             context.attempt,
             context.run,
@@ -146,15 +171,86 @@ class SecureSums:
                 "a message of the server belongs to another secure sum than the present one: it "
                 "is not used"
             )
-        answer = session.receive(stage, data)
-        if session.state is State.UNMASKED:
-            self._finished.add((clinic.name, context.run, kind, context.round))
+        try:
+            answer = session.receive(stage, data)
+        finally:
+            self._keep(clinic, begun)
         return answer
 
-    def forget(self, name: str) -> None:
-        """End the clinic's session, if there is one, and forget its secrets."""
-        if name in self._sessions:
-            self._sessions.pop(name)[1].end()
+    def forget(self, clinic: Clinic) -> None:
+        """End the clinic's session, if there is one, and forget its secrets.
+
+        Raises:
+            StorageError: the disk is read-only.
+        """
+        if (begun := self._sums.pop(clinic.name, None)) is not None:
+            begun.session.end()
+        if clinic.sums_directory is not None:
+            SumFolder(clinic).clear()
+
+    def _keep(self, clinic: Clinic, begun: _Sum) -> None:
+        """Write down how far a sum has come; a sum that is over is forgotten."""
+        state, session = begun.session.state, begun.session.session
+        if state is State.UNMASKED:
+            self._opened_of(clinic).note(session.run, session.kind, session.round)
+        if state is State.MASKED:
+            begun.summand = None
+        if clinic.sums_directory is None:
+            return
+        if state in (State.UNMASKED, State.ENDED):
+            SumFolder(clinic).clear()
+        else:
+            SumFolder(clinic).go_on(begun.kept())
+
+    def _begun(self, clinic: Clinic) -> _Sum:
+        """Return the clinic's sum, of this process or one before.
+
+        Raises:
+            OutOfOrder: there is none.
+        """
+        begun = self._sums.get(clinic.name)
+        if begun is None and clinic.sums_directory is not None:
+            begun = self._restored(clinic, SumFolder(clinic).read())
+        if begun is None:
+            raise OutOfOrder(
+                "the server goes on with a secure sum that this clinic did not begin, or has left: "
+                "nothing is answered"
+            )
+        self._sums[clinic.name] = begun
+        return begun
+
+    def _restored(self, clinic: Clinic, kept: KeptSum | None) -> _Sum | None:
+        if kept is None:
+            return None
+        session = self._session(clinic, kept.session, kept.job, kept.summand, kept.steps)
+        return _Sum(kept.context, kept.job, session, kept.summand)
+
+    def _session(
+        self,
+        clinic: Clinic,
+        session: Session,
+        job: Job,
+        summand: Summand | None,
+        steps: KeptSession | None,
+    ) -> ClinicSession:
+        contribution = summand and _Contribution(summand, integers_of(job), job.aggregation)
+        return ClinicSession(
+            session,
+            clinic.name,
+            clinic.membership.identity,
+            contribution,
+            adversary=clinic.aggregation.adversary,
+            least=(job.privacy and job.privacy.honest_clinics) or 0,
+            admit=lambda peers: self._admit(clinic, peers),
+            agree=_agreement(job, clinic.name, session.kind),
+            kept=steps,
+        )
+
+    def _opened_of(self, clinic: Clinic) -> OpenedSums:
+        if clinic.name not in self._opened:
+            folder = clinic.sums_directory
+            self._opened[clinic.name] = OpenedSums(folder and folder / "opened.json")
+        return self._opened[clinic.name]
 
 
 def _agreement(job: Job, name: str, kind: str) -> AgreeToSum:
@@ -181,7 +277,7 @@ def _agreement(job: Job, name: str, kind: str) -> AgreeToSum:
     return agree
 
 
-def _contribution(outcome: Trained | Measured, job: Job, name: str) -> _Contribution:
+def _summand(outcome: Trained | Measured, job: Job, name: str) -> Summand:
     trained = isinstance(outcome, Trained)
     weight = outcome.rows if trained and not counts_alike(job) else 1
     integers = {
@@ -199,7 +295,7 @@ def _contribution(outcome: Trained | Measured, job: Job, name: str) -> _Contribu
             weight_of_level(level): weight if level <= own else 0 for level in levels_of(job)
         }
     values = _padded(outcome.update, job, name) if trained else np.zeros(0, np.float32)
-    return _Contribution(values, weight, integers, integers_of(job), job.aggregation)
+    return Summand(values, weight, integers)
 
 
 def _padded(update: AdapterState, job: Job, name: str) -> NDArray[np.float32]:

@@ -80,6 +80,11 @@ class BoxTrail(Trail):
             )
         return cls(log, clinic)
 
+    def kept_by(self, clinic: Clinic) -> None:
+        """Sign with the identity of ``clinic`` from now on; that it was renewed stands there."""
+        self._log = AuditLog(self._log.directory, signer=clinic.membership.identity)
+        self._clinic = clinic
+
     @contextlib.contextmanager
     def session(self) -> Generator[None]:
         """Note start and stop of the program, each with a checkpoint, around the body."""
@@ -163,8 +168,10 @@ class BoxTrail(Trail):
 
 
 @contextlib.contextmanager
-def joining(box: Path, clinic: str) -> Generator[None]:
+def joining(box: Path, clinic: str, *, by_stick: bool = False) -> Generator[None]:
     """Note in the log of the new box in ``box`` that it joins, before the body sends anything.
+
+    By stick it has joined only when its ticket comes, see :func:`joined`.
 
     Raises:
         AuditLogDamaged, StorageError: the log cannot be written, and nothing was sent.
@@ -174,7 +181,17 @@ def joining(box: Path, clinic: str) -> Generator[None]:
     log = AuditLog(box / AUDIT_FOLDER)
     log.append("key", {"event": "joining", "name": clinic})
     yield
-    log.append("key", {"event": "joined", "name": clinic})
+    if not by_stick:
+        log.append("key", {"event": "joined", "name": clinic})
+
+
+def joined(box: Path, clinic: str) -> None:
+    """Note in the log of the box in ``box`` that its ticket has come.
+
+    Raises:
+        AuditLogDamaged, StorageError: the log cannot be written.
+    """
+    AuditLog(box / AUDIT_FOLDER).append("key", {"event": "joined", "name": clinic})
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Files that only this box can read: encrypted under a key that follows from its identity.
 
 HKDF-SHA-256 (RFC 5869) and AES-256-GCM (NIST SP 800-38D). As safe as ``identity.key``: whoever
-has that file and its passphrase opens them. Must not know what is in them. Specified in
-docs/spec/checkpoint.md.
+has that file and its passphrase opens them. When the identity is renewed, the keys of the
+files that are there are passed on to it; new ones are written under its own. Must not know
+what is in them. Specified in docs/spec/checkpoint.md.
 """
 
 import secrets
@@ -23,21 +24,28 @@ MAGIC: Final = b"FPBOX\x00\x00\x01"
 LARGEST: Final = (1 << 31) - (1 << 16)
 """Bytes of a content; AES-GCM takes a little more at once."""
 _INFO: Final = b"fedpeft/checkpoint/1"
+_NAME_INFO: Final = b"fedpeft/checkpoint/1/name"
 _KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _PRIVATE_FILE: Final = 0o600
 _PRIVATE_FOLDER: Final = 0o700
+_EARLIER: Final = "earlier-"
+_EARLIER_SUFFIX: Final = ".keys"
+MOST_EARLIER: Final = 8
+"""Keys of identities before the present one; files of older ones are unreadable."""
 
 
 class Vault:
     """Writes and reads files in ``directory`` for the holder of ``identity``.
 
-    The name of a file is authenticated with its content: one cannot pass for another.
+    The name of a file is authenticated with its content: one cannot pass for another. What
+    was written for an identity before this one is read too, where :func:`pass_on` passed its
+    key on; that lies in the folder above.
     """
 
     def __init__(self, directory: Path, identity: Identity) -> None:
-        key = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=_INFO)
-        self._cipher = AESGCM(key.derive(identity.seeds))
+        self._key = _key_of(identity)
+        self._earlier: tuple[bytes, ...] | None = None
         self.directory: Final = directory
 
     def write(self, name: str, content: bytes) -> None:
@@ -50,7 +58,7 @@ class Vault:
         with explained("write", path):
             self.directory.mkdir(mode=_PRIVATE_FOLDER, parents=True, exist_ok=True)
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        write_atomically(path, self._locked(name, nonce, content), mode=_PRIVATE_FILE)
+        write_atomically(path, _locked(self._key, name, nonce, content), mode=_PRIVATE_FILE)
 
     def read(self, name: str) -> bytes:
         """Return the content of the file ``name``.
@@ -61,13 +69,15 @@ class Vault:
         path = self.directory / name
         with explained("read", path):
             data = path.read_bytes()
-        body = len(MAGIC) + _NONCE_BYTES
         if data[: len(MAGIC)] != MAGIC:
             raise StorageError(f"{path} is no file of this box, or of another release")
-        try:
-            return self._cipher.decrypt(data[len(MAGIC) : body], data[body:], _bound(name))
-        except (InvalidTag, ValueError):
-            raise StorageError(f"{path} is damaged, or was written for another identity") from None
+        content = _unlocked(self._key, name, data)
+        if content is None:
+            earlier = (_unlocked(key, name, data) for key in self._earlier_keys())
+            content = next((each for each in earlier if each is not None), None)
+        if content is None:
+            raise StorageError(f"{path} is damaged, or was written for another identity")
+        return content
 
     def remove(self, name: str) -> None:
         """Remove the file ``name``, so that a power cut does not bring it back.
@@ -100,8 +110,66 @@ class Vault:
             found = self.directory.iterdir() if self.directory.is_dir() else ()
             return sorted(path.name for path in found)
 
-    def _locked(self, name: str, nonce: bytes, content: bytes) -> bytes:
-        return MAGIC + nonce + self._cipher.encrypt(nonce, content, _bound(name))
+    def _earlier_keys(self) -> tuple[bytes, ...]:
+        if self._earlier is None:
+            self._earlier = _read_earlier(self.directory.parent, self._key)
+        return self._earlier
+
+
+def pass_on(directory: Path, before: Identity, after: Identity) -> None:
+    """Let vaults in folders of ``directory`` be read by ``after`` as by ``before``.
+
+    Writes the keys of the last ``MOST_EARLIER`` identities, encrypted for ``after``; what
+    ``before`` itself was passed on stays, so that both can read.
+
+    Raises:
+        StorageError: the folder cannot be read or written.
+    """
+    old, new = _key_of(before), _key_of(after)
+    keys = (old, *_read_earlier(directory, old))[:MOST_EARLIER]
+    name = _earlier_name(new)
+    data = _locked(new, name, secrets.token_bytes(_NONCE_BYTES), b"".join(keys))
+    write_atomically(directory / name, data, mode=_PRIVATE_FILE)
+    with explained("remove", directory):
+        for path in directory.glob(f"{_EARLIER}*{_EARLIER_SUFFIX}"):
+            if path.name not in (name, _earlier_name(old)):
+                path.unlink(missing_ok=True)
+
+
+def _read_earlier(directory: Path, key: bytes) -> tuple[bytes, ...]:
+    """Return the keys that were passed on to the holder of ``key``, the newest first."""
+    name = _earlier_name(key)
+    path = directory / name
+    with explained("read", path):
+        data = path.read_bytes() if path.is_file() else b""
+    content = (_unlocked(key, name, data) if data else None) or b""
+    return tuple(content[at : at + _KEY_BYTES] for at in range(0, len(content), _KEY_BYTES))
+
+
+def _earlier_name(key: bytes) -> str:
+    """Return the name of the file for the holder of ``key``, of which it tells nothing."""
+    return f"{_EARLIER}{_derived(key, _NAME_INFO)[:8].hex()}{_EARLIER_SUFFIX}"
+
+
+def _key_of(identity: Identity) -> bytes:
+    return _derived(identity.seeds, _INFO)
+
+
+def _derived(secret: bytes, info: bytes) -> bytes:
+    return HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(secret)
+
+
+def _locked(key: bytes, name: str, nonce: bytes, content: bytes) -> bytes:
+    return MAGIC + nonce + AESGCM(key).encrypt(nonce, content, _bound(name))
+
+
+def _unlocked(key: bytes, name: str, data: bytes) -> bytes | None:
+    """Return the content of a file; None if it is damaged, or of another key or name."""
+    body = len(MAGIC) + _NONCE_BYTES
+    try:
+        return AESGCM(key).decrypt(data[len(MAGIC) : body], data[body:], _bound(name))
+    except (InvalidTag, ValueError):
+        return None
 
 
 def _bound(name: str) -> bytes:

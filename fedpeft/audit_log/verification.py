@@ -11,7 +11,7 @@ elsewhere helps (``audit-log verify`` prints it), or the other side's log. Whoev
 private identity can write the whole log anew.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -190,21 +190,30 @@ class _Walk:
         for seq, key in self.checkpoints:
             if key is None:
                 yield f"the checkpoint in entry {seq} is not signed by the key that it names"
-            elif trusted is not None and key not in trusted:
+            elif not trusted(seq, key):
                 yield f"the checkpoint in entry {seq} was not signed by the keeper of this log"
-        if trusted is not None and self.needs_signature and not self.signed(identity):
+        if identity is not None and self.needs_signature and not self.signed(identity):
             yield "nothing in this log is signed by its keeper: somebody else may have written it"
 
     def signed(self, identity: PublicIdentity | None) -> int:
         """Return the last entry that a good checkpoint covers."""
         trusted = self._trusted(identity)
-        good = [seq for seq, key in self.checkpoints if key and (not trusted or key in trusted)]
+        good = [seq for seq, key in self.checkpoints if key and trusted(seq, key)]
         return max(good, default=1) - 1
 
-    def _trusted(self, identity: PublicIdentity | None) -> set[str] | None:
-        """Return the keeper's key, and those it had before by entries that it has signed."""
+    def _trusted(self, identity: PublicIdentity | None) -> Callable[[int, str], bool]:
+        """Return who may have signed the checkpoint in an entry: the keeper at that time.
+
+        A key that it had before counts only where the present one has signed later: the old
+        one may be in other hands by now, and would vouch for what was added at the end.
+        """
         if identity is None:
-            return None
+            return lambda _seq, _key: True
         own = identity.signing_bytes.hex()
         vouched = max((seq for seq, key in self.checkpoints if key == own), default=0)
-        return {own, *self.earlier, *(key for seq, key in self.handed_over if seq < vouched)}
+        handed = {key for seq, key in self.handed_over if seq < vouched}
+
+        def trusted(seq: int, key: str) -> bool:
+            return key == own or key in self.earlier or (key in handed and seq < vouched)
+
+        return trusted

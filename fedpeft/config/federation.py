@@ -88,6 +88,8 @@ class RoundSettings(Settings):
     """A round with fewer answers is repeated, and after ``retries`` the run ends."""
     timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that a clinic has to answer one message of a round."""
+    stick_timeout_s: float = Field(default=1209600.0, gt=0)
+    """The same for a clinic without a network, for each trip of its stick: 14 days."""
     wait_s: float = Field(default=3600.0, ge=0)
     """Seconds to wait for the minimum of clinics to be connected before a round."""
     gather_s: float = Field(default=10.0, ge=0)

@@ -140,13 +140,12 @@ def _scale(adapter: Path) -> _Scale:
 
 def _require_base(adapter: Path, base: Path) -> str:
     """Return the fingerprint of the base model, which the adapter must agree with."""
-    found = {fingerprint(base)}
-    if is_gguf(base) and (origin := read_header(base).fingerprint) is not None:
-        found.add(origin)
+    # A file that was converted names the model that it was made of, and need not be hashed.
+    origin = read_header(base).fingerprint if is_gguf(base) else None
     recorded = recorded_base(adapter)
     if recorded is None:  # written by others; nobody knows
-        return fingerprint(base)
-    if recorded not in found:
+        return origin or fingerprint(base)
+    if recorded != origin and recorded != fingerprint(base):
         raise SchemaMismatch(
             f"the adapter in {adapter} belongs to base model {recorded[:12]}, not to "
             f"{fingerprint(base)[:12]} in {base}; use it with the base model that it was trained on"

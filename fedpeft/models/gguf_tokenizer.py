@@ -3,11 +3,12 @@
 transformers rebuilds it from the vocabulary, but does not know every way to split text.
 """
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedpeft.errors import ModelError, NotConvertible
 from fedpeft.gguf_format.header import read_header
@@ -23,7 +24,8 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         NotConvertible: its way to split text is not known here.
         ModelError: it is damaged.
     """
-    metadata = read_header(path).metadata
+    header = read_header(path)
+    metadata = header.metadata
     kind = metadata.get("tokenizer.ggml.model")
     split = metadata.get("tokenizer.ggml.pre", "default")
     if (kind, split) != ("llama", "default") and (
@@ -49,4 +51,19 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    return cast("PreTrainedTokenizerBase", tokenizer)
+    count = header.tensors["token_embd.weight"].shape[0]
+    return _without_strangers(cast("PreTrainedTokenizerBase", tokenizer), count)
+
+
+def _without_strangers(tokenizer: PreTrainedTokenizerBase, count: int) -> PreTrainedTokenizerBase:
+    """Take away tokens that the model has no embedding for: transformers adds one of GPT-2."""
+    if len(tokenizer) <= count:
+        return tokenizer
+    content = json.loads(cast("Any", tokenizer).backend_tokenizer.to_str())
+    content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] < count]
+    names: dict[str, Any] = tokenizer.special_tokens_map
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=tokenizer.chat_template,
+        **names,
+    )

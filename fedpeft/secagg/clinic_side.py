@@ -12,7 +12,6 @@ A message out of order changes nothing. A message in order that is refused ends
 the session: its secrets are forgotten, and no later message gets an answer.
 """
 
-import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum, auto
 from typing import Final, Protocol
@@ -27,7 +26,8 @@ from fedpeft.errors import (
     WrongSignature,
 )
 from fedpeft.sealing import Identity
-from fedpeft.sealing.identity import KEY_BYTES, verify
+from fedpeft.sealing.identity import verify
+from fedpeft.secagg.kept_session import KeptSession, Secrets
 from fedpeft.secagg.messages import (
     Advert,
     Entry,
@@ -41,14 +41,7 @@ from fedpeft.secagg.messages import (
     shares_to_bytes,
     survivors_statement,
 )
-from fedpeft.secagg.pairwise import (
-    EphemeralKey,
-    commitment,
-    lock,
-    mask_seed,
-    require_usable,
-    unlock,
-)
+from fedpeft.secagg.pairwise import commitment, lock, mask_seed, require_usable, unlock
 from fedpeft.secagg.session import Session
 from fedpeft.secagg.shamir import SHARE_BYTES, split
 from fedpeft.secagg.threshold import require_safe
@@ -96,32 +89,33 @@ class ClinicSession:
         session: Session,
         name: str,
         identity: Identity,
-        contribution: Contribution,
+        contribution: Contribution | None,
         *,
         adversary: Adversary,
         admit: AdmitPeers,
         least: int = 0,
         agree: AgreeToSum = _always,
+        kept: KeptSession | None = None,
     ) -> None:
-        """Begin.
+        """Begin, or go on from what was ``kept``.
 
         ``least`` is how many clinics the sum must have beyond what is always asked.
         ``agree`` is asked about the clinics of the sum before anything is masked, and
-        again before anything is opened.
+        again before anything is opened. ``contribution`` is None once it was masked.
         """
         self._session = session
         self._name = name
         self._identity = identity
-        self._contribution: Contribution | None = contribution
+        self._contribution = contribution
         self._adversary: Adversary = adversary
         self._admit = admit
         self._least = max(least, LEAST_SUMMANDS)
         self._agree = agree
-        self._state = State.READY
-        self._secrets: _Secrets | None = _Secrets()
-        self._roster: Roster | None = None
-        self._senders: frozenset[int] = frozenset()
-        self._survivors: frozenset[int] = frozenset()
+        self._state = State.READY if kept is None else State[kept.state]
+        self._secrets: Secrets | None = Secrets() if kept is None else kept.secrets
+        self._roster = None if kept is None else kept.roster
+        self._senders: frozenset[int] = frozenset() if kept is None else kept.senders
+        self._survivors: frozenset[int] = frozenset() if kept is None else kept.survivors
 
     @property
     def state(self) -> State:
@@ -132,6 +126,20 @@ class ClinicSession:
     def session(self) -> Session:
         """What the sum is about."""
         return self._session
+
+    def kept(self) -> KeptSession:
+        """Return what a later process needs to go on; secret, and all but the contribution.
+
+        Raises:
+            OutOfOrder: the session is over.
+        """
+        return KeptSession(
+            state=self._state.name,
+            secrets=self._kept,
+            roster=self._roster,
+            senders=self._senders,
+            survivors=self._survivors,
+        )
 
     def receive(self, stage: str, data: bytes) -> bytes:
         """Answer the server's request of ``stage``; ``data`` is empty for ``keys``.
@@ -350,7 +358,7 @@ class ClinicSession:
         return [self._agreed.names[place] for place in sorted(members)]
 
     @property
-    def _kept(self) -> "_Secrets":
+    def _kept(self) -> Secrets:
         if self._secrets is None:
             raise _over()
         return self._secrets
@@ -360,19 +368,6 @@ class ClinicSession:
         if self._roster is None:
             raise _over()
         return self._roster
-
-
-class _Secrets:
-    """What a session must forget when it ends."""
-
-    def __init__(self) -> None:
-        self.share_key = EphemeralKey.generate()
-        self.mask_key = EphemeralKey.generate()
-        self.self_seed = secrets.token_bytes(KEY_BYTES)
-        self.advert: Advert | None = None
-        self.bound = b""
-        self.shares: dict[int, tuple[bytes, bytes]] = {}
-        """By place: the share of that clinic's mask key, and of its self-mask seed."""
 
 
 def _over() -> OutOfOrder:

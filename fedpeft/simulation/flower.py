@@ -21,9 +21,10 @@ from fedpeft.models import fingerprint
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained
-from fedpeft_client.clinic import CONFIG_FILE, Clinic
+from fedpeft_client.clinic import Clinic
 from fedpeft_client.enrolment import Enrolment, join
 from fedpeft_client.settings import (
+    CONFIG_FILE,
     BoxModelSettings,
     ClientSettings,
     LimitSettings,

@@ -129,6 +129,10 @@ class LocalLink:
         """Return the clinics' public identities by node id."""
         return dict(self._identities)
 
+    def successions(self) -> dict[str, tuple[bytes, ...]]:
+        """Return nothing: simulated clinics keep their identities."""
+        return {}
+
     def node_of(self, reply: Message) -> int:
         """Return the node that sent ``reply``."""
         return reply.metadata.src_node_id

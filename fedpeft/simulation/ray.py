@@ -63,6 +63,10 @@ class RayLink:
         """Return the clinics' public identities by node id."""
         return {node: clinic.membership.identity.public for node, clinic in self._clinics.items()}
 
+    def successions(self) -> dict[str, tuple[bytes, ...]]:
+        """Return nothing: simulated clinics keep their identities."""
+        return {}
+
     def node_of(self, reply: Message) -> int:
         """Return the node that sent ``reply``."""
         return reply.metadata.src_node_id

@@ -4,14 +4,26 @@ What Flower is handed is ciphertext. An answer counts only if the clinic that wa
 asked signed it, for exactly this question.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Array, Message
 
 from fedpeft.adapters.wire import HEADER_BYTES
+from fedpeft.errors import FedpeftError
 from fedpeft.protocol import Payload, carried, carry
-from fedpeft.sealing import SERVER, Context, Identity, clinic_role, open_sealed, seal
+from fedpeft.protocol.successions import Links
+from fedpeft.sealing import (
+    SERVER,
+    Context,
+    Identity,
+    PublicIdentity,
+    clinic_role,
+    open_sealed,
+    seal,
+)
+from fedpeft_server.asking import Asking
 from fedpeft_server.exchange import exchange
 from fedpeft_server.link import Link
 
@@ -31,18 +43,28 @@ class Letter:
 class Channel:
     """Asks the clinics of one link, signing as ``identity``.
 
-    ``schema`` is the adapter schema's hash, ``values`` its count of coordinates.
+    ``schema`` is the adapter schema's hash, ``values`` its count of coordinates, ``asking``
+    knows the questions that a clinic may still answer.
     """
 
     def __init__(
-        self, link: Link, identity: Identity, *, federation: str, schema: str, values: int
+        self,
+        link: Link,
+        identity: Identity,
+        *,
+        federation: str,
+        schema: str,
+        values: int,
+        asking: Asking | None = None,
     ) -> None:
         self._link = link
         self._identity = identity
         self._federation = federation
         self._schema = schema
+        self._asking = asking or Asking()
         # No coordinate takes more than four bytes, sealed or masked.
         self._max_bytes = HEADER_BYTES + 4 * values + _SLACK_BYTES
+        self._asked: dict[str, PublicIdentity] = {}
 
     @property
     def run_id(self) -> int:
@@ -59,6 +81,17 @@ class Channel:
         identities = self._link.identities()
         return {names[node]: each.signing_bytes for node, each in identities.items()}
 
+    def key_asked(self, name: str) -> bytes:
+        """Return the Ed25519 key of the identity that a clinic was last asked under.
+
+        Not the present one, where the clinic has renewed its identity since.
+        """
+        return self._asked[name].signing_bytes
+
+    def successions(self) -> Links:
+        """Return how clinics came to their identities, where they had others before."""
+        return self._link.successions()
+
     def ask(
         self,
         message_type: str,
@@ -71,14 +104,50 @@ class Channel:
     ) -> dict[str, str]:
         """Send each node its letter for round ``number`` and hand the answers to ``accept``.
 
+        A clinic whose identity was renewed while it was asked, and that could not open what
+        was sealed for the old one, is asked again within the time.
+
         Returns:
             The reasons of the clinics whose answer was not accepted, by name.
         """
-        names, identities = self._link.names(), self._link.identities()
+        ends, identities = time.monotonic() + timeout_s, self._link.identities()
+        names = self._link.names()
+
+        def asked(to: Mapping[int, Letter], time_left_s: float) -> dict[str, str]:
+            self._asked |= {names[node]: identities[node] for node in to}
+            return self._ask(
+                message_type, number, attempt, to, timeout_s=time_left_s, accept=accept
+            )
+
+        failed = asked(letters, timeout_s)
+        identities, before = self._link.identities(), identities
+        renewed = {
+            node: letter
+            for node, letter in letters.items()
+            if names[node] in failed and identities.get(node, before[node]) != before[node]
+        }
+        if renewed and (left := ends - time.monotonic()) > 0:
+            for node in renewed:
+                del failed[names[node]]
+            failed |= asked(renewed, left)
+        return dict(sorted(failed.items()))
+
+    def _ask(
+        self,
+        message_type: str,
+        number: int,
+        attempt: int,
+        letters: Mapping[int, Letter],
+        *,
+        timeout_s: float,
+        accept: Accept,
+    ) -> dict[str, str]:
+        """Ask once; each clinic under the identity that :meth:`ask` noted for it."""
+        names = self._link.names()
         nodes = {name: node for node, name in names.items()}
 
-        def context(node: int) -> Context:
-            return Context(
+        def placed(node: int) -> Context:
+            fresh = Context(
                 federation=self._federation,
                 run=self._link.run_id,
                 round=number,
@@ -88,25 +157,31 @@ class Channel:
                 purpose=message_type,
                 schema=self._schema,
             )
+            return self._asking.place(names[node], fresh, letters[node].payload)
+
+        places = {node: placed(node) for node in letters}
 
         def sealed() -> Iterator[Message]:
             for node, letter in sorted(letters.items()):
                 data = letter.payload.to_bytes()
-                message = seal(
-                    data, context(node), sender=self._identity, receiver=identities[node]
-                )
+                receiver = self._asked[names[node]]
+                message = seal(data, places[node], sender=self._identity, receiver=receiver)
                 yield Message(carry(message, letter.broadcast), node, message_type)
 
         def take(name: str, reply: Message) -> None:
-            source = f"clinic {name}"
+            source, place = f"clinic {name}", places[nodes[name]]
             message, _ = carried(reply.content, source=source)
-            data = open_sealed(
-                message,
-                context(nodes[name]).answer(),
-                sender=identities[nodes[name]],
-                receiver=self._identity,
-                max_bytes=self._max_bytes,
-            )
-            accept(name, Payload.from_bytes(data, source=source))
+            try:
+                data = open_sealed(
+                    message,
+                    place.answer(),
+                    sender=self._asked[name],
+                    receiver=self._identity,
+                    max_bytes=self._max_bytes,
+                )
+                accept(name, Payload.from_bytes(data, source=source))
+            except FedpeftError:
+                self._asking.unusable(name, place)
+                raise
 
         return exchange(self._link, sealed(), letters, timeout_s=timeout_s, take=take)

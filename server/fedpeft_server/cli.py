@@ -13,6 +13,8 @@ from fedpeft.console import Program
 from fedpeft.errors import ConfigError, StorageError
 from fedpeft.watchdog import supervised
 from fedpeft_server import audit_log_command
+from fedpeft_server.backup import command as backup_command
+from fedpeft_server.round_command import admission_commands, round_commands
 
 program = Program(
     "fedpeft-server",
@@ -215,7 +217,11 @@ def _seconds(text: str) -> float:
     return int(match[1]) * _UNITS_S[match[2]]
 
 
+for command in (backup_command.backup, backup_command.restore, backup_command.verify):
+    program.app.command()(command)
 program.app.add_typer(audit_log_command.app, name="audit-log")
+program.app.add_typer(round_commands(program), name="round")
+program.app.add_typer(admission_commands(program))
 
 
 def run() -> None:

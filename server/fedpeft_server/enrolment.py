@@ -11,24 +11,23 @@ import re
 import secrets
 import sqlite3
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Final, Literal
-
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from typing import ClassVar, Literal
 
 from fedpeft.config import NAME_PATTERN
-from fedpeft.errors import EnrolmentError, SealingError
+from fedpeft.errors import EnrolmentError
 from fedpeft.sealing.identity import PublicIdentity
+from fedpeft.sealing.join_file import JoinRequest
 from fedpeft.sealing.possession import check_possession
+from fedpeft.sealing.succession import Succession
+from fedpeft_server.enrolled_clinic import Carrier, Clinic, enrolled_clinics, moment_of
 from fedpeft_server.enrolment_file import EnrolmentFile
 from fedpeft_server.invitation import Invitation
 from fedpeft_server.retired_keys import require_fresh, retire, taken_keys_explained
+from fedpeft_server.shown_keys import canonical_public_key, shown_identity
+from fedpeft_server.successions import all_links, change_identity
 
-KEY_DAYS: Final = 730
-"""For how long a clinic's keys are good; renewing them starts it anew."""
 _TOKEN_BYTES = 32
 _NAME = re.compile(NAME_PATTERN)
 
@@ -53,27 +52,6 @@ class InvitationRefused(EnrolmentError):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(self._SENTENCES[refusal])
         self.refusal: Refusal = refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clinic:
-    """A clinic that has enrolled; ``node_id`` is None until the server has seen it.
-
-    ``identity`` is None for a clinic that enrolled with a release before sealing:
-    it must enrol again. ``seen`` is when it last proved its key, to a minute or so.
-    """
-
-    name: str
-    public_key: str
-    identity: PublicIdentity | None
-    node_id: int | None
-    enrolled: datetime.datetime
-    keys_expire: datetime.datetime
-    seen: datetime.datetime | None = None
-
-    def is_member(self, now: datetime.datetime) -> bool:
-        """Say whether it may take part at ``now``: it has an identity, and keys that are good."""
-        return self.identity is not None and now < self.keys_expire
 
 
 class Enrolments:
@@ -157,7 +135,7 @@ class Enrolments:
             fingerprint=fingerprint,
             identity=self._identity,
             token=f"{token_id}.{secret}",
-            expires=_moment(expires_at),
+            expires=moment_of(expires_at),
         )
 
     def redeem(
@@ -189,12 +167,50 @@ class Enrolments:
                 to another clinic.
         """
         moment = time.time() if now is None else now
-        key, identity = canonical_public_key(public_key_pem), _identity(identity_text)
+        key, identity = canonical_public_key(public_key_pem), shown_identity(identity_text)
         check_possession(
             proof, identity, federation=self._federation, token=token, public_key_pem=key
         )
-        shown = (key, identity.to_text())
         token_id, _, secret = token.partition(".")
+
+        def knows(known: bytes) -> bool:
+            return hmac.compare_digest(_sha256(secret), known)
+
+        return self._take_up(token_id, knows, (key, identity.to_text()), moment)
+
+    def admit(self, request: JoinRequest, now: float | None = None) -> str:
+        """Enrol a clinic without a network by the request that came on a stick.
+
+        Checks what :meth:`redeem` checks, and notes that the clinic is reached by stick.
+
+        Returns:
+            The clinic's name.
+
+        Raises:
+            InvitationRefused, EnrolmentError: see :meth:`redeem`.
+        """
+        moment = time.time() if now is None else now
+        key, identity = canonical_public_key(request.public_key), shown_identity(request.identity)
+        check_possession(
+            request.possession,
+            identity,
+            federation=self._federation,
+            token=request.token_id,
+            public_key_pem=key,
+        )
+        shown = (key, identity.to_text())
+        return self._take_up(request.token_id, request.knows, shown, moment, "stick")
+
+    def _take_up(
+        self,
+        token_id: str,
+        knows: Callable[[bytes], bool],
+        shown: tuple[str, str],
+        moment: float,
+        carrier: Carrier = "network",
+    ) -> str:
+        """Enrol who ``knows`` the token by its SHA-256, with the key and identity ``shown``."""
+        key, identity = shown
         with self._file.transaction() as database:
             row = database.execute(
                 "SELECT token_sha256, name, expires_at, used_key FROM invitations WHERE id = ?",
@@ -202,7 +218,7 @@ class Enrolments:
             ).fetchone()
             # The id only finds the row. Whoever lacks the secret half learns
             # nothing, not even that the row exists.
-            if not hmac.compare_digest(_sha256(secret), row[0] if row else bytes(32)) or not row:
+            if not knows(row[0] if row else bytes(32)) or not row:
                 raise InvitationRefused("unknown")
             _, name, _expires_at, used_key = row
             won = database.execute(
@@ -211,12 +227,30 @@ class Enrolments:
                 (moment, key, token_id, moment),
             ).rowcount
             if won:
-                self._add_clinic(database, name, *shown, moment)
+                self._add_clinic(database, name, key, identity, moment)
+                self._set_carrier(database, name, carrier)
             elif used_key is None:
                 raise InvitationRefused("expired")
             elif self._enrolled_with(database, name) != shown:
                 raise InvitationRefused("used")
         return name
+
+    def carry(self, name: str, carrier: Carrier) -> None:
+        """Reach a clinic by another way from the next question on.
+
+        Raises:
+            EnrolmentError: no clinic has that name.
+        """
+        with self._file.transaction() as database:
+            if not self._set_carrier(database, name, carrier):
+                raise EnrolmentError(
+                    f"no clinic named {name!r} is enrolled: fedpeft-server clinics lists the names"
+                )
+
+    @staticmethod
+    def _set_carrier(database: sqlite3.Connection, name: str, carrier: Carrier) -> int:
+        statement = "UPDATE clinics SET carrier = ? WHERE name = ?"
+        return database.execute(statement, (carrier, name)).rowcount
 
     def remove(self, name: str) -> None:
         """Expel a clinic: its key is refused from now on, and its name is free again.
@@ -253,32 +287,50 @@ class Enrolments:
                 )
 
     def renew(self, name: str, shown: tuple[str, str], now: float | None = None) -> str:
-        """Exchange a clinic's connection key (canonical PEM) and identity (text) for new ones.
+        """Exchange a clinic's connection key for a new one (canonical PEM).
 
-        That the clinic asked for it was proved before. The old ones never come back.
+        ``shown`` is that key and the identity (text), which stays. That the clinic asked for
+        it was proved before. The old key never comes back.
 
         Returns:
-            The old connection key; empty if the clinic has the new ones already.
+            The old connection key; empty if the clinic has the new one already.
 
         Raises:
-            EnrolmentError: no clinic has that name, or the keys belong or belonged to another.
+            EnrolmentError: no clinic has that name and identity, or the key belongs or
+                belonged to another.
         """
         moment = time.time() if now is None else now
         key, identity = shown
         with self._file.transaction() as database:
             old = self._enrolled_with(database, name)
-            if old is None:
-                raise EnrolmentError(f"no clinic named {name!r} is enrolled: it must join anew")
+            if old is None or old[1] != identity:
+                raise EnrolmentError(
+                    f"no clinic named {name!r} is enrolled with this identity: it must join anew"
+                )
             if old == shown:
                 return ""  # the answer was lost on the way, and the clinic asks again
             require_fresh(database, key, identity)
             retire(database, name, "renewed", moment, kept_identity=identity)
             with taken_keys_explained():
                 database.execute(
-                    "UPDATE clinics SET public_key = ?, identity = ?, keys_at = ? WHERE name = ?",
-                    (key, identity, moment, name),
+                    "UPDATE clinics SET public_key = ?, keys_at = ? WHERE name = ?",
+                    (key, moment, name),
                 )
         return old[0]
+
+    def succeed(self, name: str, key: str, statement: Succession, now: float | None = None) -> bool:
+        """Put a clinic's new identity in the old one's place; say whether anything changed.
+
+        See :func:`fedpeft_server.successions.change_identity`.
+        """
+        moment = time.time() if now is None else now
+        with self._file.transaction() as database:
+            return change_identity(database, name, key, statement, moment)
+
+    def successions(self) -> dict[str, tuple[bytes, ...]]:
+        """Return by name how clinics came to their identities, the oldest link first."""
+        with self._file.transaction("DEFERRED") as database:
+            return all_links(database)
 
     def saw(self, public_key: str, now: float | None = None) -> None:
         """Note that the holder of a connection key (PEM) was here."""
@@ -300,23 +352,7 @@ class Enrolments:
     def clinics(self) -> list[Clinic]:
         """Return all enrolled clinics, by name."""
         with self._file.transaction("DEFERRED") as database:
-            rows = database.execute(
-                "SELECT name, public_key, identity, node_id, enrolled_at, "
-                "coalesce(keys_at, enrolled_at), seen_at "
-                "FROM clinics ORDER BY name"
-            ).fetchall()
-        return [
-            Clinic(
-                name=name,
-                public_key=public_key,
-                identity=None if identity is None else PublicIdentity.from_text(identity),
-                node_id=None if node_id is None else int(node_id),
-                enrolled=_moment(enrolled_at),
-                keys_expire=_moment(keys_at) + datetime.timedelta(days=KEY_DAYS),
-                seen=None if seen_at is None else _moment(seen_at),
-            )
-            for name, public_key, identity, node_id, enrolled_at, keys_at, seen_at in rows
-        ]
+            return enrolled_clinics(database)
 
     def invitations(self) -> list[tuple[str, datetime.datetime]]:
         """Return name and expiry of the invitations that nobody has taken up, by name."""
@@ -324,7 +360,7 @@ class Enrolments:
             rows = database.execute(
                 "SELECT name, expires_at FROM invitations WHERE used_at IS NULL ORDER BY name"
             ).fetchall()
-        return [(name, _moment(expires_at)) for name, expires_at in rows]
+        return [(name, moment_of(expires_at)) for name, expires_at in rows]
 
     def revoked(self) -> list[tuple[str, datetime.datetime]]:
         """Return the names of the clinics that were revoked, and when, the first of them first."""
@@ -332,7 +368,7 @@ class Enrolments:
             rows = database.execute(
                 "SELECT name, retired_at FROM retired WHERE why = 'revoked' ORDER BY retired_at"
             ).fetchall()
-        return [(name, _moment(retired_at)) for name, retired_at in rows]
+        return [(name, moment_of(retired_at)) for name, retired_at in rows]
 
     def set_node_id(self, name: str, node_id: int) -> None:
         """Note the id by which the server's message store knows a clinic."""
@@ -352,44 +388,11 @@ class Enrolments:
         require_fresh(database, key, identity)
         with taken_keys_explained():
             database.execute(
-                "INSERT INTO clinics (name, public_key, identity, enrolled_at, keys_at) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (name, key, identity, moment, moment),
+                "INSERT INTO clinics "
+                "(name, public_key, identity, enrolled_at, keys_at, identity_at) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (name, key, identity, moment, moment, moment),
             )
-
-
-def canonical_public_key(pem: str) -> str:
-    """Return a P-384 public key in the one PEM form by which keys are compared.
-
-    Raises:
-        EnrolmentError: it is not an EC P-384 public key in PEM.
-    """
-    try:
-        key = serialization.load_pem_public_key(pem.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise EnrolmentError(
-            "what was sent is not a public key in PEM form: join again with this fedpeft version"
-        ) from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise EnrolmentError(
-            "the public key is not on the curve P-384: join again with this fedpeft version"
-        )
-    return key.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    ).decode("ascii")
-
-
-def _identity(text: str) -> PublicIdentity:
-    try:
-        return PublicIdentity.from_text(text)
-    except SealingError as error:
-        raise EnrolmentError(
-            "what was sent is not a public identity: join again with this fedpeft version"
-        ) from error
-
-
-def _moment(seconds: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
 
 def _sha256(text: str) -> bytes:

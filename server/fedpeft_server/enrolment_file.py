@@ -1,6 +1,6 @@
-"""The SQLite file of invitations and clinics: its tables, and bringing older files up.
+"""The SQLite file of invitations and clinics: how it is opened, and what a transaction is.
 
-Must not know what the rows mean.
+Its tables are in ``migrations``. Must not know what the rows mean.
 """
 
 import sqlite3
@@ -10,50 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from fedpeft.errors import StorageError
+from fedpeft_server.migrations import HEAD, bring_up
 
-SCHEMA_VERSION: Final = 3
-_TABLES: Final = """
-CREATE TABLE invitations (
-    id TEXT PRIMARY KEY,
-    token_sha256 BLOB NOT NULL,
-    name TEXT NOT NULL UNIQUE,
-    expires_at REAL NOT NULL,
-    used_at REAL,
-    used_key TEXT
-) STRICT;
-CREATE TABLE clinics (
-    name TEXT PRIMARY KEY,
-    public_key TEXT NOT NULL UNIQUE,
-    node_id TEXT,
-    enrolled_at REAL NOT NULL
-) STRICT;
-"""
-# Schema 2. A clinic of schema 1 keeps NULL: nothing can be sealed to it until it enrols
-# again. The first 44 characters are version and signing key (33 bytes), the part that its
-# owner proves to hold and that other clinics know it by, so no two clinics may share it.
-_IDENTITIES: Final = """
-ALTER TABLE clinics ADD COLUMN identity TEXT;
-CREATE UNIQUE INDEX clinics_signing_key ON clinics (substr(identity, 1, 44));
-"""
-# Schema 3. Keys that were revoked or renewed never come back, under whatever name.
-_KEY_LIFE: Final = """
-ALTER TABLE clinics ADD COLUMN seen_at REAL;
-ALTER TABLE clinics ADD COLUMN keys_at REAL;
-UPDATE clinics SET keys_at = enrolled_at;
-CREATE TABLE retired (
-    name TEXT NOT NULL,
-    public_key TEXT NOT NULL UNIQUE,
-    identity TEXT,
-    retired_at REAL NOT NULL,
-    why TEXT NOT NULL
-) STRICT;
-CREATE INDEX retired_signing_key ON retired (substr(identity, 1, 44));
-"""
-_UPGRADES: Final = {
-    0: _TABLES + _IDENTITIES + _KEY_LIFE,
-    1: _IDENTITIES + _KEY_LIFE,
-    2: _KEY_LIFE,
-}
+SCHEMA_VERSION: Final = int(HEAD)
+_BUSY_S: Final = 10.0
+_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class EnrolmentFile:
@@ -68,23 +29,12 @@ class EnrolmentFile:
         self._path = path
         try:
             path.touch(mode=0o600)
-            with self.transaction() as database:
-                version = database.execute("PRAGMA user_version").fetchone()[0]
-                if version in _UPGRADES:
-                    for statement in _UPGRADES[version].split(";"):
-                        database.execute(statement)
-                    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                    version = SCHEMA_VERSION
+            bring_up(path, timeout_s=_BUSY_S)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(
                 f"the enrolment file {path} cannot be used ({error}): "
                 "check its rights, or restore it from the backup"
             ) from error
-        if version != SCHEMA_VERSION:
-            raise StorageError(
-                f"the enrolment file {path} has schema {version}, but this fedpeft knows "
-                f"{SCHEMA_VERSION} only: use the fedpeft version that wrote it"
-            )
 
     def stamp(self) -> tuple[int, ...]:
         """Return numbers that change when the file does; cheap enough for every request."""
@@ -99,8 +49,15 @@ class EnrolmentFile:
 
     @contextmanager
     def transaction(self, mode: str = "IMMEDIATE") -> Generator[sqlite3.Connection]:
-        """Yield a connection inside of a transaction, undone if the body raises."""
-        with closing(sqlite3.connect(self._path, timeout=10, isolation_level=None)) as database:
+        """Yield a connection inside of a transaction, undone if the body raises.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        with (
+            self._damage_explained(),
+            closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as database,
+        ):
             database.execute("PRAGMA journal_mode = WAL")
             database.execute(f"BEGIN {mode}")
             try:
@@ -109,3 +66,15 @@ class EnrolmentFile:
                 database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
+
+    @contextmanager
+    def _damage_explained(self) -> Generator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode & 0xFF not in _DAMAGED:
+                raise
+            raise StorageError(
+                f"the enrolment file {self._path} is damaged ({error}): stop the server, keep a "
+                "copy of the folder, and restore the site from a backup"
+            ) from error

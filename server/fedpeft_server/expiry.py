@@ -2,6 +2,7 @@
 
 import datetime
 
+from fedpeft_server.enrolled_clinic import Clinic
 from fedpeft_server.enrolment import Enrolments
 from fedpeft_server.pki import Authority
 from fedpeft_server.roster import WARNING_DAYS, expiring
@@ -23,9 +24,14 @@ def expiry_warnings(authority: Authority, enrolments: Enrolments) -> list[str]:
             f"the certificate authority expires at {ends:%Y-%m-%d %H:%M} UTC, and clinics will "
             "not connect any more: make a new site before, and invite them to it"
         )
-    warnings += [
-        f"the keys of {clinic.name} expire at {clinic.keys_expire:%Y-%m-%d %H:%M} UTC; on its box "
-        "run: fedpeft-client rotate"
-        for clinic in expiring(enrolments)
-    ]
-    return warnings
+    return warnings + [_of_clinic(clinic) for clinic in expiring(enrolments)]
+
+
+def _of_clinic(clinic: Clinic) -> str:
+    key_first = clinic.keys_expire <= clinic.identity_expires
+    what, option = ("keys", "") if key_first else ("identity", " --identity")
+    verb = "expire" if key_first else "expires"
+    return (
+        f"the {what} of {clinic.name} {verb} at {clinic.expires:%Y-%m-%d %H:%M} UTC; on its box "
+        f"run: fedpeft-client rotate{option}"
+    )

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
@@ -31,6 +31,35 @@ from fedpeft.watchdog import came_round
 
 Arrival = Callable[[int, Message], None]
 """Called with the node id and the reply, in the thread that waits for replies."""
+
+
+class Route(Protocol):
+    """Another way to some clinics than the message store."""
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that a clinic has to answer on this way, whatever is asked."""
+        ...
+
+    def takes(self, node: int) -> bool:
+        """Say whether messages to ``node`` go this way."""
+        ...
+
+    def push(self, message: Message) -> str:
+        """Send a message, and return its id."""
+        ...
+
+    def holds(self, message_id: str) -> bool:
+        """Say whether a message went this way and has no reply yet."""
+        ...
+
+    def pull(self, message_id: str) -> Message | None:
+        """Return the reply to a message once, if it has come."""
+        ...
+
+    def give_up(self, message_id: str) -> None:
+        """Wait no longer for the reply to a message."""
+        ...
 
 
 @dataclass
@@ -55,6 +84,7 @@ class FederationGrid(Grid):
         stop: threading.Event,
         poll_s: float,
         on_arrival: Arrival | None = None,
+        route: Route | None = None,
     ) -> None:
         """Serve ``run``.
 
@@ -66,6 +96,7 @@ class FederationGrid(Grid):
             stop: set to make :meth:`send_and_receive` return at once.
             poll_s: seconds between two looks at the store.
             on_arrival: told of each complete reply.
+            route: the way to clinics that have no network.
         """
         self._state = state
         self._run = run
@@ -74,6 +105,7 @@ class FederationGrid(Grid):
         self._stop = stop
         self._poll_s = poll_s
         self._on_arrival = on_arrival
+        self._route = route
         self._destinations: dict[str, int] = {}
         self._uploads: dict[str, _Upload] = {}
 
@@ -129,6 +161,10 @@ class FederationGrid(Grid):
         self._check_running()
         pushed: list[str] = []
         for message in messages:
+            if self._route is not None and self._route.takes(message.metadata.dst_node_id):
+                pushed.append(self._route.push(message))
+                self._destinations[pushed[-1]] = message.metadata.dst_node_id
+                continue
             with no_object_id_recompute():
                 pushed.append(self._push(message))
         return pushed
@@ -142,10 +178,16 @@ class FederationGrid(Grid):
         came_round()
         self._check_running()
         wanted = set(message_ids)
+        elsewhere = {each for each in wanted if self._is_elsewhere(each)}
+        wanted -= elsewhere
         unanswered = wanted - self._uploads.keys()
         for reply in self._state.get_message_res(message_ids=unanswered, run_id=self._run.run_id):
             self._announce(reply)
         complete: list[Message] = []
+        for message_id in elsewhere:
+            reply = None if self._route is None else self._route.pull(message_id)
+            if reply is not None:
+                complete.append(reply)
         for message_id in wanted & self._uploads.keys():
             reply = self._collect(self._uploads[message_id])
             if reply is not None:
@@ -158,15 +200,16 @@ class FederationGrid(Grid):
     ) -> Generator[Message]:
         """Send messages and yield the replies as they come, keeping none.
 
-        Ends as soon as all are answered, ``timeout`` seconds have passed, or the
-        stop event is set. Messages still unanswered are withdrawn then: a late
-        reply is dropped.
+        Ends as soon as all are answered, ``timeout`` seconds have passed (of a message that
+        goes another way, that way's), or the stop event is set. Messages still unanswered
+        are withdrawn then: a late reply is dropped. On another way they wait on for a server
+        that is started anew, unless their time has passed.
 
         Raises:
             FederationError: the run is over.
         """
         waiting = {message_id for message_id in self.push_messages(messages) if message_id}
-        deadline = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
         try:
             while waiting:
                 for reply in self.pull_messages(waiting):
@@ -174,13 +217,29 @@ class FederationGrid(Grid):
                     if self._on_arrival is not None:
                         self._on_arrival(self.node_of(reply), reply)
                     yield reply
-                if deadline is not None and time.monotonic() >= deadline:
-                    break
+                waiting -= self._give_up(waiting, time.monotonic() - began, timeout)
                 if waiting and self._stop.wait(self._poll_s):
                     break
         finally:
             for message_id in waiting:
+                if not self._is_elsewhere(message_id):
+                    self._forget(message_id)
+
+    def _is_elsewhere(self, message_id: str) -> bool:
+        return self._route is not None and self._route.holds(message_id)
+
+    def _give_up(self, waiting: set[str], waited_s: float, timeout: float | None) -> set[str]:
+        """Withdraw the messages whose time has passed, and return their ids."""
+        overdue: set[str] = set()
+        for message_id in waiting:
+            if self._route is not None and self._route.holds(message_id):
+                if waited_s >= self._route.timeout_s:
+                    self._route.give_up(message_id)
+                    overdue.add(message_id)
+            elif timeout is not None and waited_s >= timeout:
                 self._forget(message_id)
+                overdue.add(message_id)
+        return overdue
 
     def _push(self, message: Message) -> str:
         # The store closes an upload session with its last missing object, so

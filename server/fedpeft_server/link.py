@@ -1,5 +1,6 @@
 """What the round loop needs to know of the engine below it, besides Flower's Grid."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from flwr.app import Message
@@ -33,6 +34,13 @@ class Link(Protocol):
 
     def identities(self) -> dict[int, PublicIdentity]:
         """Return what the clinics enrolled with, by node id."""
+        ...
+
+    def successions(self) -> Mapping[str, tuple[bytes, ...]]:
+        """Return by name how clinics came to their identities, where they had others before.
+
+        Each link is in the form of ``fedpeft.sealing.succession.Link``, the oldest first.
+        """
         ...
 
     def node_of(self, reply: Message) -> int:

@@ -15,6 +15,8 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from sqlalchemy import Engine, event, text
 
+from fedpeft.errors import StorageError
+
 _COMPACT_ABOVE_BYTES: Final = 64 << 20
 _BUSY_MS: Final = 60_000
 
@@ -56,6 +58,26 @@ def database(directory: Path) -> Path:
     return database
 
 
+def require_sound(database: Path) -> None:
+    """Look for damage before Flower reads the file; reads all of it.
+
+    Raises:
+        StorageError: it is damaged, or no database.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_MS / 1e3)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok":
+        raise StorageError(
+            f"{database} is damaged ({found}): it holds only messages that are under way, so move "
+            f"it away, with {database.name}-wal and {database.name}-shm if they are there, and "
+            "start again; finished rounds and enrolments are elsewhere, and the open round is "
+            "repeated"
+        )
+
+
 def end_old_runs(state: LinkState) -> None:
     """End what a killed server left open, lest clinics train for a run nobody waits for."""
     for run in state.get_run_info(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]):
@@ -67,7 +89,7 @@ def compact(directory: Path) -> None:
     """Give the space of deleted messages back to the disk."""
     database = directory / "flower.db"
     if database.stat().st_size > _COMPACT_ABOVE_BYTES:
-        with contextlib.closing(sqlite3.connect(database)) as connection:
+        with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_MS / 1e3)) as connection:
             connection.execute("VACUUM")
 
 
@@ -97,9 +119,28 @@ def _engines(state: LinkState) -> list[Engine]:
     return [getattr(part, "_engine") for part in (state, state.object_store)]  # noqa: B009
 
 
+def message_engine(state: LinkState) -> Engine:
+    """Return the database of the messages, without that of their contents."""
+    return _engines(state)[0]
+
+
 def change_node_key(state: LinkState, old: str, new: str) -> None:
     """Give a node of the message store another public key; Flower has no call for it."""
-    (engine, *_) = _engines(state)
     statement = text("UPDATE node SET public_key = :new WHERE public_key = :old")
-    with engine.begin() as connection:
+    with message_engine(state).begin() as connection:
         connection.execute(statement, {"old": old.encode("ascii"), "new": new.encode("ascii")})
+
+
+def give_node_id(state: LinkState, old: int, new: int) -> None:
+    """Give a node without messages the id (unsigned, 64 bits) that its clinic knows it by.
+
+    Flower has no call for it.
+    """
+    statement = text("UPDATE node SET node_id = :new WHERE node_id = :old")
+    with message_engine(state).begin() as connection:
+        connection.execute(statement, {"old": _signed(old), "new": _signed(new)})
+
+
+def _signed(number: int) -> int:
+    """Return an unsigned 64-bit number as SQLite keeps it."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,10 +1,14 @@
 """Enrolments whose every change stands in the site's audit log."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedpeft.audit_log import AuditLog
 from fedpeft.sealing import PublicIdentity
+from fedpeft.sealing.join_file import JoinRequest
+from fedpeft.sealing.succession import Succession
+from fedpeft_server.enrolled_clinic import Carrier
 from fedpeft_server.enrolment import Enrolments, InvitationRefused
 from fedpeft_server.invitation import Invitation
 
@@ -56,14 +60,31 @@ class RecordedEnrolments(Enrolments):
             InvitationRefused, EnrolmentError: see :meth:`Enrolments.redeem`.
             StorageError: the audit log cannot be written; the clinic tries again.
         """
-        try:
+        with self._refusals_noted():
             name = super().redeem(token, public_key_pem, identity_text, proof, now)
+        self._note("enrolled", name, PublicIdentity.from_text(identity_text).fingerprint)
+        return name
+
+    def admit(self, request: JoinRequest, now: float | None = None) -> str:
+        """Enrol a clinic by a request that came on a stick.
+
+        Raises:
+            InvitationRefused, EnrolmentError: see :meth:`Enrolments.admit`.
+            StorageError: the audit log cannot be written; it is admitted again.
+        """
+        with self._refusals_noted():
+            name = super().admit(request, now)
+        self._note("admitted", name, PublicIdentity.from_text(request.identity).fingerprint)
+        return name
+
+    @contextmanager
+    def _refusals_noted(self) -> Generator[None]:
+        try:
+            yield
         except InvitationRefused as refused:
             if refused.refusal != "unknown":
                 self._note(f"invitation-{refused.refusal}", "")
             raise
-        self._note("enrolled", name, PublicIdentity.from_text(identity_text).fingerprint)
-        return name
 
     def remove(self, name: str) -> None:
         """Expel a clinic.
@@ -86,7 +107,7 @@ class RecordedEnrolments(Enrolments):
         self._note("revoked", name)
 
     def renew(self, name: str, shown: tuple[str, str], now: float | None = None) -> str:
-        """Exchange a clinic's keys for new ones.
+        """Exchange a clinic's connection key for a new one.
 
         Raises:
             EnrolmentError: see :meth:`Enrolments.renew`.
@@ -96,6 +117,27 @@ class RecordedEnrolments(Enrolments):
         self._note("renewed", name, PublicIdentity.from_text(shown[1]).fingerprint)
         return old_key
 
-    def _note(self, event: str, name: str, identity: str = "") -> None:
-        about = {"event": event, "name": name, "identity": identity}
+    def succeed(self, name: str, key: str, statement: Succession, now: float | None = None) -> bool:
+        """Put a clinic's new identity in the old one's place.
+
+        Raises:
+            EnrolmentError: see :meth:`Enrolments.succeed`.
+            StorageError: the audit log cannot be written; the clinic asks again.
+        """
+        changed = super().succeed(name, key, statement, now)
+        self._note("renewed", name, statement.new.fingerprint, statement.old.fingerprint)
+        return changed
+
+    def carry(self, name: str, carrier: Carrier) -> None:
+        """Reach a clinic by another way.
+
+        Raises:
+            EnrolmentError: no clinic has that name.
+            StorageError: the audit log cannot be written; the way is another all the same.
+        """
+        super().carry(name, carrier)
+        self._note(f"carrier-{carrier}", name)
+
+    def _note(self, event: str, name: str, identity: str = "", before: str = "") -> None:
+        about = {"event": event, "name": name, "identity": identity, "before": before}
         self._log().append("key", {key: text for key, text in about.items() if text})

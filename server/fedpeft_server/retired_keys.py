@@ -3,8 +3,12 @@
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Final
 
 from fedpeft.errors import EnrolmentError
+
+_SIGNING_PART: Final = 44
+"""Characters of an identity's text: version and signing key, by which others know it."""
 
 
 @contextmanager
@@ -43,12 +47,19 @@ def require_fresh(database: sqlite3.Connection, key: str, identity: str) -> None
     Raises:
         EnrolmentError: one of them is gone.
     """
+    known = signing_part(identity)
     gone = database.execute(
-        "SELECT 1 FROM retired WHERE public_key = ? OR substr(identity, 1, 44) = substr(?, 1, 44)",
-        (key, identity),
+        "SELECT 1 FROM retired WHERE public_key = ? OR substr(identity, 1, 44) = ? "
+        "UNION ALL SELECT 1 FROM successions WHERE old_key = ?",
+        (key, known, known),
     ).fetchone()
     if gone:
         raise EnrolmentError(
             "this machine's keys were revoked or renewed: "
             "join with an empty directory, so that new keys are made"
         )
+
+
+def signing_part(identity: str) -> str:
+    """Return what of an identity's text no two clinics may share, ever."""
+    return identity[:_SIGNING_PART]

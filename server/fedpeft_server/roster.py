@@ -4,12 +4,21 @@ import datetime
 from dataclasses import dataclass
 from typing import Literal
 
-from fedpeft_server.enrolment import Clinic, Enrolments
+from fedpeft_server.enrolled_clinic import Clinic
+from fedpeft_server.enrolment import Enrolments
 
 WARNING_DAYS = 30
 """So long before keys or certificates expire, everybody who looks is warned."""
 
-State = Literal["enrolled", "must enrol again", "keys expired", "invited", "lapsed", "revoked"]
+State = Literal[
+    "enrolled",
+    "enrolled, by stick",
+    "must enrol again",
+    "keys expired",
+    "invited",
+    "lapsed",
+    "revoked",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +56,18 @@ def roster(enrolments: Enrolments) -> list[Entry]:
 def expiring(enrolments: Enrolments) -> list[Clinic]:
     """Return the clinics whose keys expire within ``WARNING_DAYS``, or have expired."""
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=WARNING_DAYS)
-    return [each for each in enrolments.clinics() if each.identity and each.keys_expire < soon]
+    return [each for each in enrolments.clinics() if each.identity and each.expires < soon]
 
 
 def _entry(clinic: Clinic, now: datetime.datetime) -> Entry:
-    state: State = "enrolled" if now < clinic.keys_expire else "keys expired"
+    enrolled: State = "enrolled, by stick" if clinic.carrier == "stick" else "enrolled"
+    state: State = enrolled if now < clinic.expires else "keys expired"
     return Entry(
         name=clinic.name,
         state=state if clinic.identity else "must enrol again",
         since=clinic.enrolled,
         seen=clinic.seen,
-        expires=clinic.keys_expire,
+        expires=clinic.expires,
         fingerprint=clinic.identity.fingerprint if clinic.identity else "",
     )
 

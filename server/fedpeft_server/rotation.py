@@ -1,6 +1,7 @@
 """A clinic's request to have its keys renewed: who asks, and for what.
 
-Must not know HTTP or Flower.
+One statement renews the connection key or the identity, never both. Must not know HTTP or
+Flower.
 """
 
 from dataclasses import dataclass
@@ -9,14 +10,15 @@ from typing import Final
 from fedpeft.errors import EnrolmentError, SealingError
 from fedpeft.sealing.context import clinic_role
 from fedpeft.sealing.succession import Succession
-from fedpeft_server.enrolment import Enrolments, canonical_public_key
+from fedpeft_server.enrolment import Enrolments
+from fedpeft_server.shown_keys import canonical_public_key
 
 _PREFIX: Final = clinic_role("")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renewed:
-    """``old_key`` (PEM) made way for ``new_key``; empty where the clinic only asked again."""
+    """``old_key`` (PEM) made way for ``new_key``; empty where that stays as it was."""
 
     name: str
     old_key: str
@@ -48,5 +50,8 @@ def renew_clinic(enrolments: Enrolments, request: str) -> Renewed:
             "the renewal is not of the keys by which this server knows the clinic: join anew"
         )
     key = canonical_public_key(asked.key)
+    if asked.old != asked.new:
+        enrolments.succeed(name, key, asked)
+        return Renewed(name=name, old_key="", new_key=key)
     old = enrolments.renew(name, (key, asked.new.to_text()))
     return Renewed(name=name, old_key=old, new_key=key)

@@ -18,6 +18,7 @@ from fedpeft.protocol.lineage import SignedLineage
 from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
 from fedpeft.secagg.threshold import floor_of
+from fedpeft_server.asking import Asking
 from fedpeft_server.channel import Channel
 from fedpeft_server.collection import Collected, Collector, Kind, Sink
 from fedpeft_server.delivery import Delivery, Order
@@ -51,6 +52,7 @@ class Federation:
         watcher: Watcher,
         identity: Identity,
         trail: Trail | None = None,
+        asking: Asking | None = None,
     ) -> None:
         self._settings = settings
         self._schema = schema
@@ -58,6 +60,7 @@ class Federation:
         self._directory = directory
         self._watcher = watcher
         self._identity = identity
+        self._asking = asking
         self._ranges = Ranges(settings)
         self._shield = shield_of(settings, schema.part(strategy.sends(1)).numel)
         hidden = settings.aggregation.confidentiality == "secagg"
@@ -140,6 +143,7 @@ class Federation:
             federation=settings.name,
             schema=self._schema.hash,
             values=self._schema.numel,
+            asking=self._asking,
         )
         delivery, timeout_s = Delivery(channel), settings.rounds.timeout_s
         if settings.aggregation.confidentiality == "sealed":

@@ -122,9 +122,21 @@ class RunDirectory:
                 f"{self.path} is not empty and holds no run of fedpeft; name another directory "
                 "with --out"
             )
-        else:
+        elif not self._is_begun(known, identity):
             write_atomically(known, _json_bytes({**identity, "id": secrets.token_hex(16)}))
         return rounds[-1] if rounds else None
+
+    @staticmethod
+    def _is_begun(known: Path, identity: dict[str, Any]) -> bool:
+        """Say whether this very run was begun, though none of its rounds is finished.
+
+        It keeps its id: a clinic on the stick may bring an answer to it weeks later.
+        """
+        try:
+            found = _read_json(known) if known.is_file() else {}
+        except StorageError:
+            return False
+        return isinstance(found.get("id"), str) and {**found, "id": ""} == {**identity, "id": ""}
 
     @property
     def id(self) -> str:

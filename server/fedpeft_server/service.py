@@ -15,6 +15,7 @@ from fedpeft_server.narration import Narration
 from fedpeft_server.rounds import Federation
 from fedpeft_server.run_directory import RunDirectory
 from fedpeft_server.site import Site
+from fedpeft_server.sticks.post import StickPost
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 from fedpeft_server.trail import RecordedLink, Trail
 from fedpeft_strategies import build_strategy
@@ -47,6 +48,13 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
             f"the last line of the audit log {site.audit} was torn, as after a power cut, and its "
             f"{trail.repaired_bytes} bytes were cut away: what it was to tell was not done"
         )
+    post = StickPost(
+        site.state,
+        signer=identity,
+        tell=lambda name: say(
+            f"clinic {name} is asked by stick: run fedpeft-server round export in {site.directory}"
+        ),
+    )
     federation = Federation(
         settings,
         schema,
@@ -55,6 +63,7 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
         Narration(say, settings.rounds.count),
         identity,
         trail,
+        post,
     )
     place = SuperLinkSettings(
         directory=site.state,
@@ -86,6 +95,8 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
             enrolments,
             on_arrival=heard,
             succession=site.sealing.succession,
+            post=post,
+            stick_timeout_s=settings.rounds.stick_timeout_s,
         ) as link,
     ):
         say(

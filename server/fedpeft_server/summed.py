@@ -5,7 +5,7 @@ strategy is handed one update that stands for all clinics, their mean, with thei
 together. That is all a linear strategy needs.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from fedpeft.adapters import DTYPES, AdapterSchema, AdapterState
 from fedpeft.config import AggregationSettings
 from fedpeft.errors import AggregationRefused, WrongSignature
-from fedpeft.protocol import TRAIN, Job, Payload
+from fedpeft.protocol import TRAIN, Job, Payload, Value
 from fedpeft.protocol.privacy import ClinicPrivacy
+from fedpeft.protocol.successions import successions_field
 from fedpeft.protocol.sums import (
     VERDICTS,
     counts_alike,
@@ -82,8 +83,9 @@ class SummedCollector:
     ) -> Collected:
         """Run the five stages; clinics that fall away are named, the others are summed."""
         job = order.job
+        keys = self._keys(nodes)
         aggregation = Aggregation(
-            self._session(kind, number, attempt, order), self._terms(kind, job, nodes)
+            self._session(kind, number, attempt, order), self._terms(kind, job, keys)
         )
         failed: dict[str, str] = {}
         privacy: dict[str, ClinicPrivacy] = {}
@@ -94,6 +96,8 @@ class SummedCollector:
                 privacy.update(privacy_of(name, payload, job))
             else:
                 max_ranks.update(max_rank_of(name, payload))
+            # It may have renewed its identity between these two: then it signs with the new.
+            keys[name] = self._channel.key_asked(name)
             aggregation.receive(name, payload.blob)
 
         for stage in STAGES:
@@ -114,7 +118,7 @@ class SummedCollector:
                     purpose,
                     number,
                     attempt,
-                    self._letters(aggregation),
+                    self._letters(aggregation, stage, keys),
                     timeout_s=self._settings.stage_timeout_s,
                     accept=lambda name, payload: aggregation.receive(name, payload.blob),
                 )
@@ -140,12 +144,15 @@ class SummedCollector:
             model=model_digest(order.job, order.held.to_bytes()),
         )
 
-    def _terms(self, kind: Kind, job: Job, nodes: Collection[int]) -> Terms:
+    def _keys(self, nodes: Collection[int]) -> dict[str, bytes]:
+        """Return the signing keys of those that are to be asked, by name."""
         names, keys = self._channel.names(), self._channel.signing_keys()
-        asked = [names[node] for node in nodes]
+        return {names[node]: keys[names[node]] for node in nodes}
+
+    def _terms(self, kind: Kind, job: Job, keys: Mapping[str, bytes]) -> Terms:
         terms = job.aggregation
         return Terms(
-            identities={name: keys[name] for name in asked},
+            identities=keys,
             adversary=self._settings.adversary,
             threshold=max(self._settings.threshold or 0, self._least) or None,
             minimum=self._minimum,
@@ -154,11 +161,20 @@ class SummedCollector:
             quantiser=Quantiser(terms.bits, terms.limit),
         )
 
-    def _letters(self, aggregation: Aggregation) -> dict[int, Letter]:
-        """Return what each clinic is sent after the first stage, by node."""
+    def _letters(
+        self, aggregation: Aggregation, stage: str, keys: Mapping[str, bytes]
+    ) -> dict[int, Letter]:
+        """Return what each clinic is sent after the first stage, by node.
+
+        With the list of clinics goes how they came to their keys, for those who know older.
+        """
         nodes = {name: node for node, name in self._channel.names().items()}
         requests = aggregation.requests()
-        return {nodes[name]: Letter(Payload(blob=data)) for name, data in requests.items()}
+        fields: dict[str, Value] = {}
+        if stage == STAGES[1]:
+            listed = {name: keys[name] for name in requests}
+            fields = successions_field(self._channel.successions(), listed)
+        return {nodes[name]: Letter(Payload(fields, data)) for name, data in requests.items()}
 
     def _collected(
         self, kind: Kind, job: Job, total: SecureSum, sink: Sink, begun: Collected

@@ -7,11 +7,12 @@ message store directly, and the server's app is called in this process.
 
 import contextlib
 import fcntl
+import math
 import os
 import sqlite3
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.main import create_app
+from sqlalchemy.exc import SQLAlchemyError
 
 from fedpeft.errors import FederationError, StorageError
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
@@ -46,11 +48,16 @@ from fedpeft_server.message_store import (
     database,
     end_old_runs,
     flower_config,
+    give_node_id,
+    require_sound,
     wait_longer,
 )
 from fedpeft_server.pki import Authority
 from fedpeft_server.public_door import PublicDoor
+from fedpeft_server.redelivery import offer_again
 from fedpeft_server.rotation import renew_clinic
+from fedpeft_server.sticks.post import StickPost
+from fedpeft_server.sticks.route import StickRoute
 from fedpeft_server.wire_meter import WireMeter, metered_protocol
 
 # The store gives a run up after 60 s without a sign of life.
@@ -98,7 +105,10 @@ class SuperLink:
         stop: threading.Event | None = None,
         on_arrival: Arrival | None = None,
         succession: Sequence[str] = (),
+        post: StickPost | None = None,
+        stick_timeout_s: float = math.inf,
     ) -> None:
+        """Prepare; ``post`` is that of clinics without a network, which have so long each time."""
         self.meter = WireMeter()
         self.stop = stop or threading.Event()
         self._settings = settings
@@ -106,6 +116,9 @@ class SuperLink:
         self._enrolments = enrolments
         self._on_arrival = on_arrival
         self._succession = succession
+        self._route = post and StickRoute(post, self._on_stick, stick_timeout_s)
+        self._post = post
+        self._making_node = threading.Lock()
         self._opened = contextlib.ExitStack()
         self._state: LinkState | None = None
         self._listener: Listener | None = None
@@ -119,12 +132,17 @@ class SuperLink:
             bound = bind(self._settings.host, self._settings.port)
             opened.callback(bound.close)
             opened.enter_context(_only_server(self._settings.directory))
-            app = create_app(flower_config(database(self._settings.directory)), SuperLinkLifespan)
+            store = database(self._settings.directory)
+            require_sound(store)
+            app = create_app(flower_config(store), SuperLinkLifespan)
             state: LinkState = app.state.linkstate_factory.state()
             opened.callback(close_store, state)
             wait_longer(state)
+            offer_again(state)
             self._state = state
             end_old_runs(state)
+            if self._post is not None:
+                self._post.begin()
             compact(self._settings.directory)
             for clinic in self._enrolments.members():
                 self._ensure_node(clinic.name, clinic.public_key)
@@ -178,13 +196,27 @@ class SuperLink:
     def connected(self) -> dict[int, str]:
         """Return node id and clinic name of the clinics that are online.
 
-        A clinic that vanished without a word counts as online for 60 s more.
+        A clinic that vanished without a word counts as online for 60 s more, and one on the
+        stick always.
         """
         online = {
             node.node_id
             for node in _entered(self._state).get_node_info(statuses=[NodeStatus.ONLINE])
         }
+        for clinic in self._enrolments.members():
+            if clinic.node_id is None:  # admitted beside the running server
+                self._ensure_node(clinic.name, clinic.public_key)
+        if self._post is not None:
+            online |= self._on_stick().keys()
         return {node: name for node, name in self.names().items() if node in online}
+
+    def _on_stick(self) -> dict[int, str]:
+        """Return node id and name of the clinics that are reached by stick."""
+        return {
+            clinic.node_id: clinic.name
+            for clinic in self._enrolments.members()
+            if clinic.node_id is not None and clinic.carrier == "stick"
+        }
 
     def names(self) -> dict[int, str]:
         """Return node id and clinic name of all clinics that may take part.
@@ -204,6 +236,10 @@ class SuperLink:
             for clinic in self._enrolments.clinics()
             if clinic.node_id is not None and clinic.identity is not None
         }
+
+    def successions(self) -> Mapping[str, tuple[bytes, ...]]:
+        """Return by name how clinics came to their identities, the oldest link first."""
+        return self._enrolments.successions()
 
     def node_of(self, reply: Message) -> int:
         """Return the node that ``reply`` is about, also when Flower made it up itself."""
@@ -271,6 +307,7 @@ class SuperLink:
             stop=self.stop,
             poll_s=self._settings.poll_s,
             on_arrival=self._on_arrival,
+            route=self._route,
         )
 
     def _member_keys(self) -> frozenset[bytes]:
@@ -302,14 +339,22 @@ class SuperLink:
             "clinic": name,
             "federation": self._enrolments.federation,
             "keys_expire": clinic.keys_expire.isoformat(timespec="seconds"),
+            "identity_expires": clinic.identity_expires.isoformat(timespec="seconds"),
         }
 
     def _ensure_node(self, name: str, public_key: str) -> None:
         state, key = _entered(self._state), public_key.encode("ascii")
-        node_id = state.get_node_id_by_public_key(key)
-        if node_id is None:
-            node_id = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
-        self._enrolments.set_node_id(name, node_id)
+        # A clinic that has just enrolled is met by the round loop and by its own request.
+        with self._making_node:
+            node_id = state.get_node_id_by_public_key(key)
+            if node_id is None:
+                node_id = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
+                known = {each.name: each.node_id for each in self._enrolments.clinics()}.get(name)
+                if known is not None:
+                    # The message store is new: a clinic that runs goes on under its number.
+                    give_node_id(state, node_id, known)
+                    node_id = known
+            self._enrolments.set_node_id(name, node_id)
 
 
 def _entered(part: _Part | None) -> _Part:
@@ -366,6 +411,11 @@ def _keep_alive(
     state: LinkState, task_id: int, lost: threading.Event, ended: threading.Event
 ) -> None:
     while not ended.wait(_HEARTBEAT_S):
-        if not state.acknowledge_task_heartbeat(task_id):
+        try:
+            alive = state.acknowledge_task_heartbeat(task_id)
+        except SQLAlchemyError:
+            # Its connections wait for longer than the store waits for a sign of life.
+            alive = False
+        if not alive:
             lost.set()
             return

@@ -188,6 +188,10 @@ class RecordedLink:
         """Return what the clinics enrolled with, by node id."""
         return self._link.identities()
 
+    def successions(self) -> Mapping[str, tuple[bytes, ...]]:
+        """Return how clinics came to their identities."""
+        return self._link.successions()
+
     def node_of(self, reply: Message) -> int:
         """Return the node that ``reply`` is about."""
         return self._link.node_of(reply)

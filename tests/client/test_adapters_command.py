@@ -90,6 +90,13 @@ def test_an_unknown_name_is_refused(command: str, directory: Path):
     assert "it has base, round-1, round-2, round-3" in str(error)
 
 
+@pytest.mark.parametrize("command", ["show", "pin", "unpin", "remove"])
+def test_the_base_model_is_no_version(command: str, directory: Path):
+    error = run(command, "base", directory).exception
+
+    assert isinstance(error, UnknownAdapter) and "no version of the adapter" in str(error)
+
+
 def test_what_is_in_use_or_pinned_is_not_removed(directory: Path):
     assert isinstance(run("remove", "round-2", directory).exception, AdapterError)
     assert run("pin", "round-1", directory).exit_code == 0
@@ -125,6 +132,13 @@ def test_a_damaged_version_is_shown_as_such(directory: Path):
     assert "adapters remove round-3" in told
     assert isinstance(run("show", "round-1", directory).exception, AdapterError)
     assert json.loads(run("list", directory, "--json").stdout)["damaged"] == ["round-1", "round-3"]
+
+
+def test_removing_a_damaged_version_in_use_says_what_answers_instead(directory: Path):
+    (store_of(directory).find("round-2").path / "adapter_config.json").write_text("{}")
+    told = run("remove", "round-2", directory).stderr
+
+    assert "round-2 is removed" in told and "round-1 is in use again" in told
 
 
 def test_a_version_is_shown_with_verdict_losses_and_lineage(directory: Path):

@@ -558,7 +558,7 @@ def test_the_round_beyond_the_bound_is_refused_and_costs_nothing(clinic: Clinic)
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
 def test_exact_losses_are_refused_by_a_clinic_that_does_not_allow_them(kind: str, clinic: Clinic):
     reply = ask(clinic, kind, job=noisy_job(clinic, exact_losses=True))
-    assert reply.reason == "refused-by-clinic"
+    assert reply.reason == "losses-not-allowed"
 
 
 def test_a_noisy_answer_has_no_loss_and_no_token_in_it(clinic: Clinic):
@@ -614,5 +614,5 @@ def test_a_round_with_noise_that_is_repeated_is_paid_once_and_answered_alike(cli
 
 def test_a_clinic_that_demands_patients_refuses_jobs_for_records(clinic: Clinic):
     strict = bounded(clinic, unit="patient")
-    assert ask(strict, job=noisy_job(clinic)).reason == "refused-by-clinic"
+    assert ask(strict, job=noisy_job(clinic)).reason == "unit-not-allowed"
     assert not strict.ledger.exists() or spent(strict) == {}

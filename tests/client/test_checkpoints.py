@@ -23,6 +23,7 @@ from fedpeft.protocol.parcel import Held
 from fedpeft.protocol.sums import GRID_BITS, grid_limit
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.training import StepDone
+from fedpeft_client import vault as vault_module
 from fedpeft_client.checkpoints import ANSWER
 from fedpeft_client.clinic import Clinic, Membership
 from fedpeft_client.learning import Trained
@@ -345,8 +346,8 @@ def test_the_next_sum_has_the_same_update_under_fresh_keys(clinic: Clinic):
             purpose="train",
             schema=assignment.schema,
         )
-        sums = SecureSums()  # as of a process that was just started
-        keys.append(sums.begin(clinic, context, assignment, outcome, lambda _peers: None))
+        sums = SecureSums(lambda _clinic, _peers: None)  # as of a process that was just started
+        keys.append(sums.begin(clinic, context, assignment, outcome))
     assert keys[0] != keys[1]
     assert charged(clinic) == list(range(1, STEPS + 1))
 
@@ -591,9 +592,11 @@ def test_training_is_not_slowed_by_more_than_two_percent(
 def test_the_documented_vector_is_what_the_code_writes(tmp_path: Path):
     text = (Path(__file__).parents[2] / "docs/spec/checkpoint.md").read_text("utf-8")
     vector = bytes.fromhex("".join(re.findall(r"^    ([0-9a-f]{20,})$", text, re.MULTILINE)))
-    vault = Vault(tmp_path, Identity(bytes(range(128))))
+    identity = Identity(bytes(range(128)))
+    vault = Vault(tmp_path, identity)
     content = b"a finished round"
-    assert vault._locked("answer.checkpoint", bytes(range(12)), content) == vector
+    key, nonce = vault_module._key_of(identity), bytes(range(12))
+    assert vault_module._locked(key, "answer.checkpoint", nonce, content) == vector
     (tmp_path / "answer.checkpoint").write_bytes(vector)
     assert vault.read("answer.checkpoint") == content
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.data import EncodedExample
-from fedpeft.errors import BudgetSpent, DataError, PolicyRefused, PrivacyError
+from fedpeft.errors import BudgetSpent, DataError, LossesNotAllowed, PrivacyError, UnitNotAllowed
 from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
 from fedpeft.protocol import Job, RankTerms, SumTerms
@@ -81,11 +81,15 @@ def whole_run(found: Cost, rounds: int = 4) -> float:
 
 @pytest.mark.parametrize("asked", [RECORD, SHARED, CENTRAL], ids=["local", "shared", "central"])
 def test_exact_losses_need_both_sides(asked: dict[str, Any]):
-    with pytest.raises(PolicyRefused, match="exact_losses = false in client") as caught:
+    with pytest.raises(LossesNotAllowed, match="exact_losses = false in client"):
         cost({**asked, "exact_losses": True})
-    assert caught.value.reason == "refused-by-clinic"
     allowed = cost({**asked, "exact_losses": True}, clinic_of(exact_losses=True))
     assert allowed == cost(asked) == cost(asked, clinic_of(exact_losses=True))
+
+
+def test_a_clinic_that_demands_patients_refuses_a_job_that_protects_records():
+    with pytest.raises(UnitNotAllowed, match="single records"):
+        cost(RECORD, clinic_of(unit="patient"))
 
 
 def test_a_bounded_clinic_gives_no_exact_loss_to_a_job_without_noise():

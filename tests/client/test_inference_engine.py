@@ -194,6 +194,16 @@ def test_a_conversation_that_cannot_be_written_is_refused_without_quoting_it(sta
         assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["half a character: \ud83d", "bytes of Latin-1: \udcfc"])
+def test_a_text_that_is_no_unicode_is_refused(start: Start, text: str):
+    engine = start()
+
+    with pytest.raises(BadRequest, match="no valid Unicode"):
+        engine.chat([{"role": "user", "content": text}], options=SHORT)
+    with pytest.raises(BadRequest, match="no valid Unicode"):
+        engine.complete(text, options=SHORT)
+
+
 def test_a_closed_engine_refuses_and_running_answers_end_with_an_error(start: Start):
     engine = start()
     running = engine.complete(PROMPT, options=LONG)
@@ -429,6 +439,13 @@ def test_files_of_versions_that_are_gone_are_removed(
     left = own.prepare(Catalogue(adapters={"round-2": stock["round-2"]}))
 
     assert list((tmp_path / "adapters").iterdir()) == list(left.adapters.values())
+
+
+def test_the_base_model_in_an_encoding_of_before_is_removed(workshop: Workshop, tmp_path: Path):
+    before = dataclasses.replace(workshop, directory=tmp_path).prepare(Catalogue())
+    after = dataclasses.replace(workshop, directory=tmp_path, quantisation="q8_0")
+    assert after.prepare(Catalogue()).base != before.base
+    assert [*tmp_path.glob("*.gguf")] == [after.prepare(Catalogue()).base]
 
 
 def test_a_version_that_got_other_weights_under_its_name_is_converted_anew(

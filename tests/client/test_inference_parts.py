@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.errors import BadRequest, StorageError, UnknownAdapter
+from fedpeft.errors import BadRequest, InferenceError, StorageError, UnknownAdapter
+from fedpeft_client.inference.answers import QueuedAnswer
 from fedpeft_client.inference.api_key import load_api_key
 from fedpeft_client.inference.catalogue import Catalogue
 from fedpeft_client.inference.engine import Piece, Usage
@@ -75,6 +77,7 @@ def test_a_key_that_can_be_guessed_is_refused(tmp_path: Path):
         {"host": "localhost:8484", "origin": "https://attacker.example"},
         {"host": "localhost:8484", "origin": "http://localhost:3000"},
         {"host": "localhost:8484", "origin": "null"},
+        {"host": "localhost:8484", "origin": "http://["},
         {"host": "localhost:8484", "sec-fetch-site": "cross-site"},
     ],
 )
@@ -112,6 +115,8 @@ def test_only_addresses_of_this_machine_count_as_such():
         (b"", "no JSON"),
         (b"{", "no JSON"),
         (b"\xff\xfe", "no JSON"),
+        (body().decode().encode("utf-16"), "no JSON"),
+        (b"\xef\xbb\xbf" + body(), "no JSON"),
         (b"[" * 100_000, "no JSON"),
         (b"[]", "no JSON object"),
         (b"{}", "model"),
@@ -119,6 +124,7 @@ def test_only_addresses_of_this_machine_count_as_such():
         (body(messages="hello"), "messages"),
         (body(messages=[{"role": "nurse", "content": "secret"}]), "messages.0.role"),
         (body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "content"),
+        (body(messages=[{"role": "user", "content": [{"type": "text"}]}]), "a part has no text"),
         (body(max_tokens=0), "max_tokens"),
         (body(max_tokens="many"), "max_tokens"),
         (body(temperature=3), "temperature"),
@@ -164,8 +170,9 @@ def test_a_text_request_has_one_prompt():
     one = parse_text(json.dumps({"model": "base", "prompt": ["x"]}).encode())
 
     assert one.prompt == ["x"]
-    with pytest.raises(BadRequest, match="prompt"):
-        parse_text(json.dumps({"model": "base", "prompt": ["x", "y"]}).encode())
+    for several in (["x", "y"], [1, 2, 3], [], None):
+        with pytest.raises(BadRequest, match="prompt cannot be used: give one text"):
+            parse_text(json.dumps({"model": "base", "prompt": several}).encode())
 
 
 def test_an_answer_says_what_it_took():
@@ -273,3 +280,46 @@ def test_a_change_in_a_folder_is_seen_and_a_missing_folder_is_empty(tmp_path: Pa
     (folder / "round-1").mkdir()
 
     assert stamp(folder) != before
+
+
+# Pieces on their way
+
+
+@given(texts=st.lists(st.text(max_size=3), min_size=1, max_size=12), first=st.integers(0, 12))
+def test_gathered_pieces_are_the_answer_whole_and_in_order(texts: list[str], first: int):
+    usage = Usage(3, 0, len(texts))
+    pieces = [Piece(text) for text in texts[:-1]] + [Piece(texts[-1], "length", usage)]
+    answer = QueuedAnswer("round-1")
+    for piece in pieces[:first]:
+        answer.give(piece)
+    found: list[Piece] = []
+    for piece in answer.gathered(0) if first else ():
+        found.append(piece)
+        for late in pieces[first:]:
+            answer.give(late)
+        first = len(pieces)
+
+    if found:
+        assert "".join(piece.text for piece in found) == "".join(texts)
+        assert [piece.finished for piece in found[:-1]] == [None] * (len(found) - 1)
+        assert (found[-1].finished, found[-1].usage) == ("length", usage)
+
+
+def test_gathering_waits_for_nothing_at_the_beginning_and_at_the_end():
+    answer = QueuedAnswer("base")
+    answer.give(Piece("a"))
+    gathered = answer.gathered(pause_s=3600)
+    assert next(gathered) == Piece("a")
+    threading.Timer(0.05, lambda: answer.give(Piece("b", "stop"))).start()
+    assert list(gathered) == [Piece("b", "stop")]
+
+
+def test_what_came_before_a_failure_is_gathered_and_then_the_failure_told():
+    answer = QueuedAnswer("base")
+    answer.give(Piece("a"))
+    answer.give(Piece("b"))
+    answer.fail()
+    gathered = answer.gathered(0)
+    assert next(gathered) == Piece("ab")
+    with pytest.raises(InferenceError, match="was stopped"):
+        next(gathered)

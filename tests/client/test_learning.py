@@ -30,7 +30,7 @@ from fedpeft.training import StepDone
 from fedpeft_client.clinic import Clinic, Membership
 from fedpeft_client.learning import Trained
 from fedpeft_client.settings import BudgetSettings, DataSettings
-from fedpeft_client.summing import SecureSums, _contribution
+from fedpeft_client.summing import SecureSums, _summand
 from fedpeft_client.work import Assignment, ClinicWork
 
 LORA = AdapterSettings(rank=2, alpha=4.0)
@@ -298,7 +298,7 @@ class Sum:
             schema=self.assignment.schema,
         )
         self.members = {each.name: (each, one) for each, one in zip(clinics, trained, strict=True)}
-        self.sums = SecureSums()
+        self.sums = SecureSums(lambda _clinic, _peers: None)
         terms, model = job.aggregation, model_digest(job, self.assignment.held.to_bytes())
         # Of the least number of clinics this server says nothing: each clinic sees to it.
         self.server = Aggregation(
@@ -319,11 +319,11 @@ class Sum:
     def ask(self, name: str, request: bytes) -> bytes:
         clinic, one = self.members[name]
         if self.server.stage == STAGES[0]:
-            return self.sums.begin(clinic, self.context, self.assignment, one, lambda _: None)
+            return self.sums.begin(clinic, self.context, self.assignment, one)
         return self.sums.go_on(clinic, self.context, self.server.stage, request)
 
     def state_of(self, name: str) -> State:
-        return self.sums._sessions[name][1].state
+        return self.sums._sums[name].session.state
 
     def step(self, lost: str = "") -> None:
         for name, request in self.server.requests().items():
@@ -356,9 +356,9 @@ def test_in_the_secure_sum_there_is_no_loss_no_token_and_no_weight(shares: Any):
     rows = 6 + 16 + 26 + 36
     assert integers == {"num-examples": rows, "nll": 0, "tokens": 0, "clipped": 0, "within-clip": 0}
     job = job_for(clinics[0], SHARED)
-    assert {_contribution(one, job, "c0").weight for one in trained} == {1}
+    assert {_summand(one, job, "c0").weight for one in trained} == {1}
     plain = job_for(clinics[0], None)
-    assert [_contribution(one, plain, "c0").weight for one in trained] == [6, 16, 26, 36]
+    assert [_summand(one, plain, "c0").weight for one in trained] == [6, 16, 26, 36]
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "check"])

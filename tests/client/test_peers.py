@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.errors import EnrolmentError, StorageError, UnknownPeer
-from fedpeft_client.peers import PeerBook, key_fingerprint
+from fedpeft.errors import (
+    EnrolmentError,
+    SealingError,
+    StorageError,
+    UnknownPeer,
+    WrongSignature,
+)
+from fedpeft.sealing import Identity, clinic_role
+from fedpeft.sealing.succession import MOST_LINKS, Link, Succession, newest_key
+from fedpeft_client.peers import Follow, Met, PeerBook, key_fingerprint
 
 ANNA, BERT, CARL, OTHER = (bytes([number]) * 32 for number in range(1, 5))
 
@@ -24,9 +32,9 @@ def path(tmp_path) -> Path:
 
 
 def test_new_clinics_are_pinned_and_named_once(book):
-    assert book.admit({"bert": BERT, "anna": ANNA}) == ["anna", "bert"]
-    assert book.admit({"anna": ANNA, "carl": CARL}) == ["carl"]
-    assert book.admit({"anna": ANNA}) == []
+    assert book.admit({"bert": BERT, "anna": ANNA}) == Met(new=("anna", "bert"))
+    assert book.admit({"anna": ANNA, "carl": CARL}) == Met(new=("carl",))
+    assert book.admit({"anna": ANNA}) == Met()
     assert book.known() == {
         "anna": key_fingerprint(ANNA),
         "bert": key_fingerprint(BERT),
@@ -72,7 +80,7 @@ def test_new_clinic_is_refused_where_none_may_be(path):
     PeerBook(path, accept_new=True).admit({"anna": ANNA})
     book = PeerBook(path, accept_new=False)
 
-    assert book.admit({"anna": ANNA}) == []
+    assert book.admit({"anna": ANNA}) == Met()
     with pytest.raises(UnknownPeer, match=f"never seen the clinic bert.*{key_fingerprint(BERT)}"):
         book.admit({"anna": ANNA, "bert": BERT})
     assert list(book.known()) == ["anna"]
@@ -92,7 +100,7 @@ def test_forgotten_clinic_counts_as_new(book):
     book.forget("anna")
 
     assert list(book.known()) == ["bert"]
-    assert book.admit({"anna": OTHER, "bert": BERT}) == ["anna"]
+    assert book.admit({"anna": OTHER, "bert": BERT}).new == ("anna",)
 
 
 def test_forgetting_a_stranger_is_an_error(book):
@@ -105,7 +113,7 @@ def test_pins_are_on_the_disk_for_the_owner_alone(path):
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert json.loads(path.read_text()) == {"schema": 1, "peers": {"anna": ANNA.hex()}}
-    assert PeerBook(path, accept_new=False).admit({"anna": ANNA}) == []
+    assert PeerBook(path, accept_new=False).admit({"anna": ANNA}) == Met()
 
 
 def test_what_another_process_forgot_is_forgotten_here(path):
@@ -114,7 +122,7 @@ def test_what_another_process_forgot_is_forgotten_here(path):
 
     beside.forget("anna")
 
-    assert running.admit({"anna": OTHER}) == ["anna"]
+    assert running.admit({"anna": OTHER}).new == ("anna",)
 
 
 def test_pins_that_cannot_be_written_are_not_accepted(tmp_path):
@@ -147,3 +155,124 @@ def test_damaged_book_is_refused_and_kept(path, content):
         with pytest.raises(StorageError, match=r"peers\.json is damaged"):
             use()
     assert path.read_text("latin-1") == content
+
+
+# Keys that were renewed
+
+
+FEDERATION = "heart"
+FIRST, SECOND, THIRD, THIEF = (Identity(bytes([number]) * 128) for number in range(10, 14))
+
+
+def link(old: Identity, new: Identity, name: str = "anna", federation: str = FEDERATION) -> bytes:
+    role = clinic_role(name)
+    return Succession.sign(old, new, federation=federation, holder=role).link.to_bytes()
+
+
+def signing(identity: Identity) -> bytes:
+    return identity.public.signing_bytes
+
+
+def shown(*links: bytes) -> Follow:
+    """What the server shows about anna's keys."""
+
+    def follow(name: str, pinned: bytes) -> bytes:
+        return newest_key(links, pinned, federation=FEDERATION, holder=clinic_role(name))
+
+    return follow
+
+
+def test_a_key_that_the_pinned_one_has_signed_takes_its_place_and_is_told(book):
+    book.admit({"anna": signing(FIRST), "bert": BERT})
+
+    met = book.admit({"anna": signing(SECOND), "bert": BERT}, shown(link(FIRST, SECOND)))
+
+    assert met == Met(renewed=("anna",))
+    assert book.known()["anna"] == key_fingerprint(signing(SECOND))
+    assert book.admit({"anna": signing(SECOND)}) == Met()
+
+
+def test_who_slept_through_two_renewals_follows_both(book):
+    book.admit({"anna": signing(FIRST)})
+    both = shown(link(FIRST, SECOND), link(SECOND, THIRD))
+    assert book.admit({"anna": signing(THIRD)}, both).renewed == ("anna",)
+
+
+def altered(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        link(THIEF, THIEF).replace(signing(THIEF), signing(FIRST), 1),
+        link(FIRST, SECOND, name="bert"),
+        link(FIRST, SECOND, federation="lake"),
+        *(altered(link(FIRST, SECOND), at) for at in (32, 64, 96, 128, 160, 223, 224, 287)),
+    ],
+    ids=lambda _: "",
+)
+def test_a_forged_or_foreign_statement_changes_nothing(book, forged):
+    book.admit({"anna": signing(FIRST)})
+    for key in (SECOND, THIEF):
+        with pytest.raises((WrongSignature, UnknownPeer)):
+            book.admit({"anna": signing(key)}, shown(forged))
+    assert book.known() == {"anna": key_fingerprint(signing(FIRST))}
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        (),
+        (link(SECOND, THIRD),),
+        (link(SECOND, THIRD), link(FIRST, SECOND)),
+        (link(FIRST, SECOND), link(THIEF, THIRD)),
+    ],
+    ids=["none", "without its beginning", "in the wrong order", "broken"],
+)
+def test_a_chain_that_does_not_lead_to_the_key_explains_nothing(book, links):
+    book.admit({"anna": signing(FIRST)})
+    with pytest.raises(UnknownPeer, match="has not signed that"):
+        book.admit({"anna": signing(THIRD)}, shown(*links))
+
+
+@pytest.mark.parametrize("links", [(), (link(FIRST, SECOND),)])
+def test_an_old_key_that_leaked_is_not_taken_back_by_its_own_statement(book, links):
+    book.admit({"anna": signing(FIRST)})
+    book.admit({"anna": signing(SECOND)}, shown(link(FIRST, SECOND)))
+    forked = link(FIRST, THIEF)
+    for key, statements in ((FIRST, links), (THIEF, (*links, forked)), (THIEF, (forked, *links))):
+        with pytest.raises(UnknownPeer):
+            book.admit({"anna": signing(key)}, shown(*statements))
+    assert book.known() == {"anna": key_fingerprint(signing(SECOND))}
+
+
+def test_a_key_from_which_the_chain_goes_on_is_not_accepted(book):
+    book.admit({"anna": signing(FIRST)})
+    with pytest.raises(UnknownPeer):
+        book.admit({"anna": signing(SECOND)}, shown(link(FIRST, SECOND), link(SECOND, THIRD)))
+
+
+def test_a_renewal_to_the_key_of_another_clinic_is_refused(book):
+    book.admit({"anna": signing(FIRST), "bert": signing(SECOND)})
+    with pytest.raises(UnknownPeer, match="one and the same key"):
+        book.admit({"anna": signing(SECOND)}, shown(link(FIRST, SECOND)))
+
+
+def test_where_no_new_clinic_may_be_a_known_one_may_renew_its_key(path):
+    PeerBook(path, accept_new=True).admit({"anna": signing(FIRST)})
+    book = PeerBook(path, accept_new=False)
+    assert book.admit({"anna": signing(SECOND)}, shown(link(FIRST, SECOND))).renewed == ("anna",)
+
+
+def test_more_links_than_are_handed_out_are_refused(book):
+    book.admit({"anna": signing(FIRST)})
+    many = [link(FIRST, SECOND)] * (MOST_LINKS + 1)
+    with pytest.raises(SealingError):
+        book.admit({"anna": signing(SECOND)}, shown(*many))
+
+
+def test_a_link_of_another_length_is_none():
+    for data in (b"", link(FIRST, SECOND)[:-1], link(FIRST, SECOND) + b"x"):
+        with pytest.raises(SealingError):
+            Link.from_bytes(data)

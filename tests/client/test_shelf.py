@@ -59,10 +59,10 @@ def request(held: Held, parcel: bytes | None) -> Request:
     )
     message = cast("Message", None)  # a shelf does not look at it
     if parcel is None:
-        return Request(message, about, Payload({ADAPTER: held.digest}), None)
+        return Request(message, about, Payload({ADAPTER: held.digest}), None, clinic())
     data, key = seal_broadcast(parcel)
     fields = Payload({ADAPTER: held.digest, CONTENT_KEY: key.to_bytes().hex()})
-    return Request(message, about, fields, data)
+    return Request(message, about, fields, data, clinic())
 
 
 def changed(basis: Held, target: Held) -> bytes:

@@ -20,7 +20,7 @@ from fedpeft.secagg import STAGES, Aggregation, Quantiser, SecureSum, Session, S
 from fedpeft_client.clinic import Clinic, Membership
 from fedpeft_client.learning import Trained
 from fedpeft_client.settings import ConfidentialitySettings, DataSettings
-from fedpeft_client.summing import SecureSums, _contribution
+from fedpeft_client.summing import SecureSums, _summand
 from fedpeft_client.work import Assignment, Measured
 
 RANK = 4
@@ -86,7 +86,7 @@ class World:
         self.assignment = Assignment(
             self.job, Held(AdapterState(SCHEMA, torch.zeros(SCHEMA.numel))), SCHEMA.hash, 1
         )
-        self.sums = {name: SecureSums() for name in ranks}
+        self.sums = {name: SecureSums(lambda _clinic, _peers: None) for name in ranks}
         self.server = Aggregation(
             Session(
                 federation="sea",
@@ -135,7 +135,7 @@ class World:
             if self.kind == "train"
             else Measured(nll=2.0, tokens=5, rows=rows_of(name))
         )
-        return self.sums[name].begin(clinic, context, self.assignment, found, lambda _: None)
+        return self.sums[name].begin(clinic, context, self.assignment, found)
 
     def step(self, lost: Collection[str] = ()) -> set[str]:
         """Carry one stage but for the answers of ``lost``; return who reveals nothing."""
@@ -145,7 +145,7 @@ class World:
                 answer = self.ask(name, request)
             except TooFewClinics as error:
                 assert "would show what single ones sent" in str(error)
-                assert self.sums[name]._sessions[name][1].state is State.ENDED
+                assert self.sums[name]._sums[name].session.state is State.ENDED
                 refusing.add(name)
             else:
                 if name not in lost:
@@ -273,7 +273,7 @@ def test_an_evaluation_has_no_columns_and_is_not_refused():
 def test_columns_that_a_clinic_did_not_train_are_zero_in_what_it_adds(rank: int):
     job = job_of({"c0": rank, "c1": 1, "c2": 4})
     update = update_of("c0", rank)
-    found = _contribution(trained(update, 7), job, "c0")
+    found = _summand(trained(update, 7), job, "c0")
     assert np.array_equal(found.values, dense(update).astype(np.float32))
     for level in levels_of(job):
         assert found.integers[weight_of_level(level)] == (7 if level <= rank else 0)
@@ -283,13 +283,13 @@ def test_columns_that_a_clinic_did_not_train_are_zero_in_what_it_adds(rank: int)
 def test_of_one_factor_too_the_rest_is_zero(sends: Any):
     job = job_of({"c0": 2, "c1": 4}, trains=sends, sends=sends)
     update = update_of("c0", 2).part(sends)
-    found = _contribution(trained(update, 7), job, "c0").values
+    found = _summand(trained(update, 7), job, "c0").values
     a, b = np.split(dense(update_of("c0", 2)).astype(np.float32), [RANK * 5])
     assert np.array_equal(found, a if sends == "A" else b)
 
 
 def test_at_one_rank_an_update_is_added_as_it_is():
-    found = _contribution(trained(update_of("c1"), 7), job_of(None), "c1")
+    found = _summand(trained(update_of("c1"), 7), job_of(None), "c1")
     assert found.values.tolist() == update_of("c1").values.tolist()
     assert set(found.integers) == {"num-examples", "nll", "tokens", "within-clip"}
 
@@ -299,7 +299,7 @@ def test_under_shared_noise_clinics_and_their_columns_count_alike():
         unit="clinic", mechanism="central", noise_multiplier=1.0, honest_clinics=3
     )
     job = job_of({"c0": 2, "c1": 4}, privacy=shared)
-    found = _contribution(trained(update_of("c0", 2), 7), job, "c0")
+    found = _summand(trained(update_of("c0", 2), 7), job, "c0")
     assert (found.weight, found.integers["num-examples"]) == (1, 7)
     assert [found.integers[weight_of_level(level)] for level in (2, 4)] == [1, 0]
 

@@ -419,6 +419,7 @@ TEXTS = [
     "  two  spaces,\ttab\n\n  and 1234567 mg; it's naïve — 日本語 😀 e\u0301",
     "<|user|>When?<|assistant|>At 8 o'clock.<eos>",
     "Once upon a time there was a 3-year-old girl.",
+    "<|endoftext|> is a name that GPT-2 gave to a token.",
 ]
 
 
@@ -441,3 +442,4 @@ def test_llama_cpp_cuts_texts_into_the_tokens_of_training(
             assert model == "stories260k" or rebuilt(text)["input_ids"] == expected
     assert rebuilt.chat_template == tokenizer.chat_template
     assert rebuilt.eos_token_id == tokenizer.eos_token_id
+    assert len(rebuilt) == len(tokenizer)

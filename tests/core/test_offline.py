@@ -55,6 +55,12 @@ def test_a_persons_wish_for_more_output_is_kept():
     assert after["TRANSFORMERS_VERBOSITY"] == "info"
 
 
+def test_threads_that_wait_spin_shortly_unless_a_person_wants_it_otherwise():
+    assert int(environment_after("import fedpeft")["GOMP_SPINCOUNT"]) <= 10_000
+    after = environment_after("import fedpeft", GOMP_SPINCOUNT="7", OMP_WAIT_POLICY="ACTIVE")
+    assert (after["GOMP_SPINCOUNT"], after["OMP_WAIT_POLICY"]) == ("7", "ACTIVE")
+
+
 def test_the_libraries_saw_the_switch():
     script = (
         "import fedpeft, huggingface_hub.constants as c, transformers.utils.hub as h; "

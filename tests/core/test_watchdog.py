@@ -189,10 +189,10 @@ def test_a_server_that_looks_for_clinics_or_answers_comes_round():
 
 
 def test_a_client_that_calls_the_server_comes_round():
-    from fedpeft_client.session import Session
+    from fedpeft_client.patient_calls import PatientCalls
 
     nobody = cast(Any, None)
-    session = Session(
+    calls = PatientCalls(
         nobody,
         nobody,
         "localhost:1",
@@ -202,6 +202,5 @@ def test_a_client_that_calls_the_server_comes_round():
         clock=time.time,
         on_outage=nobody,
         on_recovery=nobody,
-        on_waiting=nobody,
     )
-    assert went_on(lambda: session._call(lambda request: request, "what is there to do"))
+    assert went_on(lambda: calls.call(lambda request: request, "what is there to do"))

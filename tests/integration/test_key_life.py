@@ -1,6 +1,7 @@
 """Keys that are revoked and renewed while clinics are connected: real server, real sockets."""
 
 import datetime
+import shutil
 import socket
 import ssl
 import threading
@@ -8,25 +9,46 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedpeft.audit_log import AuditLog, verify
 from fedpeft.config import KeySettings
-from fedpeft.errors import EnrolmentError, FedpeftError, SignerNotAllowed, WrongSignature
-from fedpeft.sealing import Identity
+from fedpeft.errors import (
+    EnrolmentError,
+    FedpeftError,
+    KeyLocked,
+    SignerNotAllowed,
+    StorageError,
+    WrongSignature,
+)
+from fedpeft.protocol import Payload, carried, carry
+from fedpeft.sealing import Context, Identity, PublicIdentity, open_sealed, seal
 from fedpeft.sealing.context import SERVER, clinic_role
-from fedpeft.sealing.keyfile import Protection
+from fedpeft.sealing.keyfile import Protection, load_identity
 from fedpeft.sealing.succession import Succession, newest
+from fedpeft_client import renewal
 from fedpeft_client.box import Box, open_box
+from fedpeft_client.cli import program as client
 from fedpeft_client.connection import ConnectionSettings, Event, serve
 from fedpeft_client.enrolment import join
 from fedpeft_client.fleet import read_ca
-from fedpeft_client.key_life import expiry_warnings, keep_expiry, keys_expire, renewal_in_progress
+from fedpeft_client.key_life import (
+    Expiry,
+    expiry_of,
+    expiry_warnings,
+    identity_in_progress,
+    keep_expiry,
+    keys_expire,
+    renewal_in_progress,
+)
 from fedpeft_client.live_clinic import LiveClinic
+from fedpeft_client.mailbox import Mailbox
 from fedpeft_client.reachability import probe
-from fedpeft_client.renewal import follow_server, renew_key
+from fedpeft_client.renewal import follow_server, renew_key, rotate_keys
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -35,7 +57,9 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
+from fedpeft_client.vault import Vault
 from fedpeft_server import certificate_watch, expiry
+from fedpeft_server.channel import Channel, Letter
 from fedpeft_server.pki import renew_server_certificate
 from fedpeft_server.site import Site, create_site, open_site
 from fedpeft_server.superlink import SuperLink, SuperLinkSettings
@@ -61,8 +85,9 @@ def blob() -> RecordDict:
 class Running:
     """A client in a thread, with what it reported and what it died of."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, box: Box, app: ClientApp) -> None:
         self.events: list[Event] = []
+        self._app = app
         self.error: Exception | None = None
         self.stop = threading.Event()
         self._settings = ConnectionSettings(
@@ -72,13 +97,13 @@ class Running:
             poll_s=0.05,
             idle_poll_s=0.05,
         )
-        self.live = LiveClinic(box, box.load_identity(_never_asked))
+        self.live = LiveClinic(box, box.protection(_never_asked))
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
     def _serve(self) -> None:
         try:
-            serve(echo_app(), self._settings, stop=self.stop, on_event=self._hear)
+            serve(self._app, self._settings, stop=self.stop, on_event=self._hear)
         except FedpeftError as error:
             self.error = error
 
@@ -135,12 +160,12 @@ class Town:
         self.site = open_site(self.root / "site")
         return self.site
 
-    def box(self, name: str) -> Box:
+    def box(self, name: str, protection: Protection | None = None) -> Box:
         """Join with the running server."""
         invitation = self.site.enrolments().create_invitation(name, 3600.0, fingerprint=BASE)
         invitation.write(self.root / f"{name}.json")
         directory = self.root / name
-        join(self.root / f"{name}.json", directory, Protection.none())
+        join(self.root / f"{name}.json", directory, protection or Protection.none())
         settings = ClientSettings(
             clinic=name,
             server=ServerSettings(address=f"localhost:{self.port}", federation="heart"),
@@ -150,8 +175,8 @@ class Town:
         (directory / "client.toml").write_text(settings_toml(settings))
         return open_box(directory)
 
-    def start(self, box: Box) -> Running:
-        running = Running(box)
+    def start(self, box: Box, app: ClientApp | None = None) -> Running:
+        running = Running(box, app or echo_app())
         self.running.append(running)
         running.wait_for("connected")
         return running
@@ -209,10 +234,10 @@ def test_a_renewed_key_is_taken_up_by_the_running_client_which_keeps_its_place(t
         assert ask(link) == ["anna"]
 
         renew_key(box, box.load_identity(_never_asked))
-        expires = renew_key(box, box.load_identity(_never_asked))
+        expiry = renew_key(box, box.load_identity(_never_asked))
 
         assert box.key.read_bytes() != old
-        assert keys_expire(box.directory) == expires
+        assert expiry_of(box.directory) == expiry
         assert not renewal_in_progress(box.key).exists()
         running.wait_for("disconnected")
         running.wait_for("connected", 2)
@@ -269,6 +294,214 @@ def test_a_revoked_clinic_cannot_renew_its_key(town: Town):
         town.site.enrolments().revoke("anna")
         with pytest.raises(EnrolmentError, match="does not know this box's keys"):
             renew_key(box, box.load_identity(_never_asked))
+
+
+# A clinic's identity
+
+
+def rotate(box: Box) -> PublicIdentity:
+    renewed = rotate_keys(box, box.protection(_never_asked), identity=True)
+    assert renewed.identity is not None
+    return renewed.identity
+
+
+def enrolled_identities(town: Town) -> list[PublicIdentity | None]:
+    return [each.identity for each in town.site.enrolments().clinics()]
+
+
+def test_a_renewed_identity_is_the_one_on_both_sides_and_the_log_goes_on(town: Town):
+    with town.link():
+        box = town.box("anna")
+        log = AuditLog(box.audit, signer=box.load_identity(_never_asked))
+        log.append("connection", {"event": "connected"})
+        log.checkpoint()
+        old, key = box.load_identity(_never_asked), box.key.read_bytes()
+
+        new = rotate(box)
+
+    assert box.load_identity(_never_asked).public == new != old.public
+    assert box.identity_path.stat().st_mode & 0o777 == 0o600
+    assert box.key.read_bytes() != key
+    assert enrolled_identities(town) == [new]
+    assert not identity_in_progress(box.identity_path).exists()
+    assert verify(box.audit, identity=new).problems == ()
+    # What the old identity signs from now on proves nothing.
+    AuditLog(box.audit, signer=old).append("connection", {"event": "connected"})
+    AuditLog(box.audit, signer=old).checkpoint()
+    assert "not signed by the keeper" in verify(box.audit, identity=new).problems[0]
+
+
+def test_an_encrypted_identity_is_renewed_under_the_same_passphrase(town: Town):
+    secret = Protection.passphrase("four random words")
+    with town.link() as link:
+        box = town.box("anna", secret)
+        live = LiveClinic(box, secret)
+        new = rotate_keys(box, secret, identity=True).identity
+        assert load_identity(box.identity_path, secret).public == new
+        with pytest.raises(KeyLocked):
+            load_identity(box.identity_path, Protection.none())
+        # The running client still knows the passphrase, and asks nobody.
+        assert opened(town, link, live) == ["anna"]
+        assert live.present.membership.identity.public == new
+
+
+def test_the_command_says_what_was_renewed_and_until_when(
+    town: Town, capsys: pytest.CaptureFixture[str]
+):
+    with town.link():
+        box = town.box("anna")
+        client.app(["rotate", str(box.directory), "--identity"], standalone_mode=False)
+    expiry, new = expiry_of(box.directory), box.load_identity(_never_asked).public
+    assert expiry is not None and expiry.identity is not None
+    assert expiry.key < expiry.identity
+    told = capsys.readouterr().err
+    assert f"is good until {expiry.key:%Y-%m-%d}\n" in told
+    assert f"fingerprint is now {new.fingerprint}, tell" in told
+
+
+class Killed(BaseException):
+    pass
+
+
+STEPS = (
+    "save_identity",
+    "pass_on",
+    "_post",
+    "keep_expiry",
+    "note_handover",
+    "sync_directory",
+)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_renewal_that_is_killed_at_any_step_is_completed_by_the_next(
+    town: Town, monkeypatch: pytest.MonkeyPatch, step: str, when: str
+):
+    with town.link() as link:
+        box = town.box("anna")
+        runs = LiveClinic(box, Protection.none())
+        old = box.load_identity(_never_asked)
+        real = getattr(renewal, step)
+
+        def killed(*given: Any, **named: Any) -> None:
+            if when == "after":
+                real(*given, **named)
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(renewal, step, killed)
+            renewal.renew_identity(box, old, Protection.none())
+
+        # A client that runs and one that starts now take part, whatever the server knows.
+        starts = LiveClinic(box, Protection.none())
+        assert opened(town, link, runs) == opened(town, link, starts) == ["anna"]
+
+        new = rotate(box)
+        assert enrolled_identities(town) == [new] != [old.public]
+        assert verify(box.audit, identity=new).problems == ()
+        assert opened(town, link, runs) == opened(town, link, starts) == ["anna"]
+        assert not list(box.directory.glob("*.next.*"))
+
+
+def opened(town: Town, link: SuperLink, live: LiveClinic) -> list[str]:
+    """Seal a question to each clinic as the server knows it, and return whose answers open."""
+    names, identities = link.names(), link.identities()
+    clinic = live.present
+    asked, mailbox = [], Mailbox()
+    for node, name in names.items():
+        context = Context(
+            federation="heart",
+            run=1,
+            round=1,
+            attempt=1,
+            sender=SERVER,
+            receiver=clinic_role(name),
+            purpose="train",
+            schema="0" * 64,
+        )
+        server = town.site.identity
+        sealed = seal(Payload().to_bytes(), context, sender=server, receiver=identities[node])
+        message = Message(carry(sealed), node, "train")
+        message.metadata.__dict__["_run_id"] = 1
+        request = mailbox.open(clinic, message)
+        reply, _ = carried(mailbox.answer(request, Payload()).content, source="")
+        open_sealed(
+            reply, context.answer(), sender=identities[node], receiver=server, max_bytes=1 << 20
+        )
+        asked.append(name)
+    return asked
+
+
+def test_checkpoints_of_before_are_read_by_the_renewed_identity(town: Town):
+    with town.link():
+        box = town.box("anna")
+        folder = box.directory / "checkpoints"
+        for number in range(3):
+            Vault(folder, box.load_identity(_never_asked)).write(f"{number}", b"%d" % number)
+            rotate(box)
+        vault = Vault(folder, box.load_identity(_never_asked))
+        assert [vault.read(name) for name in vault.names()] == [b"0", b"1", b"2"]
+    thief = Vault(folder, Identity.generate())
+    with pytest.raises(StorageError, match="another identity"):
+        thief.read("0")
+
+
+def test_the_identity_of_another_clinic_renews_none(town: Town):
+    with town.link():
+        anna, bert = town.box("anna"), town.box("bert")
+        before = enrolled_identities(town)
+        shutil.copy(bert.identity_path, anna.identity_path)
+        with pytest.raises(EnrolmentError, match="does not know this box's keys"):
+            rotate(anna)
+    assert enrolled_identities(town) == before
+
+
+def test_the_running_client_takes_up_the_renewed_identity_without_a_restart(town: Town):
+    with town.link() as link:
+        box = town.box("anna")
+        live, told = LiveClinic(box, Protection.none()), list[PublicIdentity]()
+        live.when_renewed(lambda clinic: told.append(clinic.membership.identity.public))
+        old = live.present.membership.identity
+        new = rotate(box)
+        membership = live.present.membership
+        assert (membership.identity.public, membership.others) == (new, (old,))
+        assert told == [new]
+        assert opened(town, link, live) == ["anna"]
+
+
+def test_what_was_sealed_for_the_old_identity_is_asked_again_under_the_new(town: Town):
+    with town.link() as link:
+        box = town.box("anna")
+        app, asked, accepted = ClientApp(), list[str](), list[str]()
+
+        @app.train()
+        def train(message: Message, _context: object) -> Message:
+            asked.append(message.metadata.message_id)
+            if len(asked) == 1:
+                rotate(box)
+            # As a client that was started anew since: it has the new identity alone.
+            clinic, mailbox = LiveClinic(box, Protection.none()).present, Mailbox()
+            try:
+                request = mailbox.open(clinic, message)
+            except FedpeftError as error:
+                return Message(Error(2, error.reason), reply_to=message)
+            return mailbox.answer(request, Payload({"answer": 1}))
+
+        running = town.start(box, app)
+        channel = Channel(link, town.site.identity, federation="heart", schema="0" * 64, values=1)
+        (node,) = link.names()
+        failed = channel.ask(
+            "train",
+            1,
+            1,
+            {node: Letter(Payload())},
+            timeout_s=60,
+            accept=lambda name, _payload: accepted.append(name),
+        )
+        assert (failed, accepted, len(asked)) == ({}, ["anna"], 2)
+        assert channel.key_asked("anna") == channel.signing_keys()["anna"]
+        assert running.error is None
 
 
 # The server's certificate
@@ -386,9 +619,12 @@ def test_keys_and_certificates_are_warned_of_a_month_ahead(
     assert expiry.expiry_warnings(town.site.authority, enrolments) == []
 
     now = datetime.datetime.now(datetime.UTC)
-    keep_expiry(box.directory, now + datetime.timedelta(days=29))
-    (warning,) = expiry_warnings(box.directory, box.ca)
-    assert "fedpeft-client rotate" in warning
+    soon, late = now + datetime.timedelta(days=29), now + datetime.timedelta(days=31)
+    for key, identity, remedy in ((soon, late, "rotate"), (late, soon, "rotate --identity")):
+        keep_expiry(box.directory, Expiry(key=key, identity=identity))
+        (warning,) = expiry_warnings(box.directory, box.ca)
+        assert warning.endswith(f"fedpeft-client {remedy}")
+        assert keys_expire(box.directory) == soon.replace(microsecond=0)
     (clinic,) = enrolments.clinics()
     assert clinic.identity is not None
     shown = (clinic.public_key.replace("\n", "\r\n"), clinic.identity.to_text())

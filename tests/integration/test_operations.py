@@ -21,9 +21,9 @@ PROGRAMS = {
 }
 # What is not ours, and on every machine that the document is for.
 SYSTEM = {
-    "cat", "chmod", "df", "docker", "dpkg", "du", "fallocate", "hdparm", "install", "journalctl",
-    "ln", "ls", "mkswap", "nft", "nvpmodel", "python3", "sh", "sha256sum", "swapon", "sysctl",
-    "systemctl", "tar", "tegrastats", "uname", "vcgencmd",
+    "cat", "chmod", "dd", "df", "docker", "dpkg", "du", "fallocate", "hdparm", "install",
+    "journalctl", "ln", "ls", "mkswap", "nft", "nvpmodel", "python3", "sh", "sha256sum", "swapon",
+    "sysctl", "systemctl", "tar", "tegrastats", "uname", "vcgencmd",
 }  # fmt: skip
 SETTING = re.compile(r"\[\w+\]|\w+ ?= ?\S.*")
 

@@ -338,7 +338,7 @@ DEEPER: Final[dict[str, tuple[Callable[[Clinic], Clinic], dict[str, Any], str]]]
                 unit="record", noise_multiplier=1.0, exact_losses=True
             ).model_dump(mode="json")
         },
-        "refused-by-clinic",
+        "losses-not-allowed",
     ),
 }
 

@@ -20,7 +20,7 @@ from fedpeft.errors import TooFewClinics
 from fedpeft.protocol import TRAIN, Job, RankTerms, SumTerms
 from fedpeft.protocol.sums import integers_of, weight_of_level
 from fedpeft_client.learning import Trained
-from fedpeft_client.summing import _agreement, _contribution
+from fedpeft_client.summing import _agreement, _summand
 from fedpeft_server.ranks import RankPlan
 
 RANK = 5
@@ -51,7 +51,7 @@ def sent(job: Job, name: str, rows: int) -> tuple[dict[str, int], NDArray[np.flo
     """Return the integers and the weighted coordinates that a clinic of ``rows`` rows adds."""
     part = SCHEMA.part("B", job.ranks.rank(name) if job.ranks else RANK)
     update = AdapterState(part, torch.ones(part.numel))
-    added = _contribution(Trained(update=update, rows=rows), job, name)
+    added = _summand(Trained(update=update, rows=rows), job, name)
     integers = {each: added.integers.get(each, 0) for each in integers_of(job)}
     return integers, added.weight * added.values.astype(np.float64)
 

@@ -222,6 +222,22 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(tmp_path: Pat
     assert f"cannot listen on {address}" in done.stderr
 
 
+def test_a_disk_that_fills_up_during_conversion_is_told_and_leaves_nothing(tmp_path: Path):
+    box = make_box(tmp_path / "box", rounds=1)
+    most = 1 << 20  # bytes of a file; the base model takes five times as many
+    done = subprocess.run(
+        ["prlimit", f"--fsize={most}", sys.executable, "-m", "fedpeft_client", "serve", str(box)],
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+
+    assert done.returncode == 11
+    assert f"cannot write {box / 'inference' / 'base-'}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path for path in (box / "inference").rglob("*") if path.is_file()] == []
+
+
 # What answers
 
 
@@ -286,7 +302,17 @@ def test_a_client_that_goes_away_gives_its_place_to_others(serve: Serve):
                 time.sleep(0.05)
 
 
-def test_a_thousand_connections_opened_and_left_do_not_keep_others_out(served: Served):
+HALF_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"
+HALF_BODY = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+)
+
+
+@pytest.mark.parametrize("begun", [HALF_HEAD, HALF_BODY])
+def test_a_thousand_connections_opened_and_left_do_not_keep_others_out(
+    served: Served, begun: bytes
+):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2048:
         pytest.skip(f"this machine allows {hard} open files a process")
@@ -296,7 +322,7 @@ def test_a_thousand_connections_opened_and_left_do_not_keep_others_out(served: S
         for number in range(1000):
             left.append(socket.create_connection(served.address, timeout=60))
             if number % 2:  # half of them begin a request
-                left[-1].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
+                left[-1].sendall(begun)
         began = time.monotonic()
         assert ask(served).choices
         assert time.monotonic() - began < 30

@@ -12,11 +12,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from fedpeft.errors import EnrolmentError, StorageError
+from fedpeft.sealing.context import clinic_role
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server.enrolment import KEY_DAYS, Enrolments, InvitationRefused
+from fedpeft.sealing.succession import MOST_LINKS, Link, Succession
+from fedpeft_server.enrolled_clinic import IDENTITY_DAYS, KEY_DAYS
+from fedpeft_server.enrolment import Enrolments, InvitationRefused
 from fedpeft_server.enrolment_file import SCHEMA_VERSION
 from fedpeft_server.roster import expiring, roster
+from fedpeft_server.rotation import renew_clinic
 
 HOUR_S = 3600.0
 BASE = "f" * 64
@@ -513,26 +517,156 @@ def test_renewed_keys_take_the_place_of_the_old_which_never_come_back(enrolments
     assert enrolments.revoked() == []
 
 
-def test_both_keys_may_be_renewed_at_once_and_again(enrolments):
-    enrolled(enrolments)
-    for _ in range(2):
-        enrolments.renew("anna", (new_key(), Identity.generate().public.to_text()))
-    assert len(enrolments.members()) == 1
-
-
-def test_renewing_to_the_keys_of_another_clinic_changes_nothing(enrolments):
+def test_renewing_to_the_key_of_another_clinic_changes_nothing(enrolments):
     key, identity = enrolled(enrolments)
-    theirs, their_identity = enrolled(enrolments, "bert")
+    theirs, _ = enrolled(enrolments, "bert")
 
-    for shown in (
-        (theirs, Identity.generate().public.to_text()),
-        (new_key(), their_identity.public.to_text()),
-    ):
-        with pytest.raises(EnrolmentError, match="already belong"):
-            enrolments.renew("anna", shown)
+    with pytest.raises(EnrolmentError, match="already belong"):
+        enrolments.renew("anna", (theirs, identity.public.to_text()))
 
     assert [each.public_key for each in enrolments.members()] == [key, theirs]
     assert enrolments.members()[0].identity == identity.public
+
+
+def test_a_key_is_not_renewed_under_another_identity(enrolments):
+    key, _ = enrolled(enrolments)
+    with pytest.raises(EnrolmentError, match="with this identity"):
+        enrolments.renew("anna", (new_key(), Identity.generate().public.to_text()))
+    assert enrolments.members()[0].public_key == key
+
+
+# Renewing identities
+
+
+def statement(old, new, key, name="anna", federation="heart") -> Succession:
+    return Succession.sign(old, new, federation=federation, holder=clinic_role(name), key=key)
+
+
+def asked(*args, **others) -> str:
+    return statement(*args, **others).to_json()
+
+
+def test_a_renewed_identity_takes_the_place_of_the_old_which_never_comes_back(enrolments):
+    key, old = enrolled(enrolments)
+    new, third = Identity.generate(), Identity.generate()
+    assert enrolments.successions() == {}
+
+    renewed = renew_clinic(enrolments, asked(old, new, key))
+    assert renew_clinic(enrolments, asked(old, new, key)) == renewed
+
+    (clinic,) = enrolments.members()
+    assert (clinic.public_key, clinic.identity, renewed.old_key) == (key, new.public, "")
+    link = statement(old, new, key).link.to_bytes()
+    assert enrolments.successions() == {"anna": (link,)}
+    with pytest.raises(EnrolmentError, match="join anew"):
+        renew_clinic(enrolments, asked(old, third, key))
+    with pytest.raises(EnrolmentError, match="were revoked or renewed"):
+        renew_clinic(enrolments, asked(new, old, key))
+    token = enrolments.create_invitation("bert", HOUR_S, fingerprint=BASE).token
+    with pytest.raises(EnrolmentError, match="were revoked or renewed"):
+        redeem(enrolments, token, new_key(), old)
+    assert enrolments.successions() == {"anna": (link,)}
+
+
+def test_an_identity_and_a_key_are_renewed_in_turns(enrolments):
+    key, identity = enrolled(enrolments)
+    for _ in range(3):
+        fresh, later = new_key(), Identity.generate()
+        renew_clinic(enrolments, asked(identity, identity, fresh))
+        renew_clinic(enrolments, asked(identity, later, fresh))
+        key, identity = fresh, later
+    (clinic,) = enrolments.members()
+    assert (clinic.public_key, clinic.identity) == (key, identity.public)
+    assert len(enrolments.successions()["anna"]) == 3
+
+
+def test_what_is_no_renewal_of_the_clinic_changes_nothing(enrolments):
+    key, old = enrolled(enrolments)
+    their_key, theirs = enrolled(enrolments, "bert")
+    new, thief = Identity.generate(), Identity.generate()
+    forged = asked(thief, new, key).replace(thief.public.to_text(), old.public.to_text())
+    for request in (
+        "{}",
+        forged,
+        asked(old, new, key, name="bert"),
+        asked(old, new, key, name="nobody"),
+        asked(old, new, key, federation="lake"),
+        asked(old, new, their_key),
+        asked(old, new, new_key()),
+        asked(old, theirs, key),
+        asked(thief, new, key),
+        asked(old, new, "no key"),
+    ):
+        with pytest.raises(EnrolmentError):
+            renew_clinic(enrolments, request)
+    found = [(each.public_key, each.identity) for each in enrolments.members()]
+    assert found == [(key, old.public), (their_key, theirs.public)]
+    assert enrolments.successions() == {}
+
+
+def test_an_older_statement_that_is_sent_again_changes_nothing(enrolments):
+    _, first = enrolled(enrolments)
+    second, third, fresh = Identity.generate(), Identity.generate(), new_key()
+    before = [asked(first, first, fresh), asked(first, second, fresh)]
+    for request in [*before, asked(second, third, fresh)]:
+        renew_clinic(enrolments, request)
+    for request in before:
+        with pytest.raises(EnrolmentError):
+            renew_clinic(enrolments, request)
+    (clinic,) = enrolments.members()
+    assert (clinic.public_key, clinic.identity) == (fresh, third.public)
+
+
+def test_a_clinic_that_was_revoked_or_removed_renews_nothing(enrolments):
+    for leave in (enrolments.revoke, enrolments.remove):
+        key, old = enrolled(enrolments)
+        leave("anna")
+        with pytest.raises(EnrolmentError, match="join anew"):
+            renew_clinic(enrolments, asked(old, Identity.generate(), key))
+
+
+def test_whoever_joins_under_a_name_that_was_free_inherits_no_chain(enrolments):
+    key, old = enrolled(enrolments)
+    renew_clinic(enrolments, asked(old, Identity.generate(), key))
+    enrolments.revoke("anna")
+    enrolled(enrolments)
+    assert enrolments.successions() == {}
+
+
+def test_no_more_links_are_handed_out_than_anybody_reads(enrolments):
+    key, identity = enrolled(enrolments)
+    for _ in range(MOST_LINKS + 1):
+        old, identity = identity, Identity.generate()
+        renew_clinic(enrolments, asked(old, identity, key))
+    links = enrolments.successions()["anna"]
+    assert len(links) == MOST_LINKS
+    assert Link.from_bytes(links[-1]).new == identity.public.signing_bytes
+
+
+def test_a_new_connection_key_does_not_make_an_identity_younger(enrolments):
+    key, identity = enrolled(enrolments)
+    old_age = (IDENTITY_DAYS - 29) * 86400
+    enrolments.succeed(
+        "anna", key, statement(identity, later := Identity.generate(), key), time.time() - old_age
+    )
+    enrolments.renew("anna", (fresh := new_key(), later.public.to_text()))
+
+    (clinic,) = expiring(enrolments)
+    assert clinic.expires == clinic.identity_expires < clinic.keys_expire
+
+    enrolments.succeed("anna", fresh, statement(later, Identity.generate(), fresh))
+    assert expiring(enrolments) == []
+
+
+def test_an_identity_that_is_too_old_is_no_membership(enrolments):
+    key, identity = enrolled(enrolments)
+    long_ago = time.time() - IDENTITY_DAYS * 86400 - 60
+    new = Identity.generate()
+    enrolments.succeed("anna", key, statement(identity, new, key), long_ago)
+    assert enrolments.members() == []
+    assert [entry.state for entry in roster(enrolments)] == ["keys expired"]
+    with pytest.raises(EnrolmentError, match="join anew"):
+        renew_clinic(enrolments, asked(new, Identity.generate(), key))
 
 
 def test_keys_that_expired_are_no_membership(enrolments):

@@ -280,8 +280,12 @@ def test_enrolling_answers_who_one_is_and_registers_the_node(link, call, fresh_l
     status, answer = enrol(call, **sent)
 
     (clinic,) = (each for each in link._enrolments.clinics() if each.name == "bert")
-    expires = clinic.keys_expire.isoformat(timespec="seconds")
-    expected = {"clinic": "bert", "federation": "heart", "keys_expire": expires}
+    expected = {
+        "clinic": "bert",
+        "federation": "heart",
+        "keys_expire": clinic.keys_expire.isoformat(timespec="seconds"),
+        "identity_expires": clinic.identity_expires.isoformat(timespec="seconds"),
+    }
     assert (status, answer) == (200, expected)
     node = next(node for node, name in link.names().items() if name == "bert")
     assert link.identities()[node] == PublicIdentity.from_text(sent["identity"])

@@ -83,6 +83,9 @@ class Line:
     def identities(self) -> dict[int, PublicIdentity]:
         return {NODE: CLINIC.public}
 
+    def successions(self) -> dict[str, tuple[bytes, ...]]:
+        return {}
+
     def node_of(self, reply: Message) -> int:
         return self.replying
 

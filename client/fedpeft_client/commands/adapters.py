@@ -53,7 +53,7 @@ def show(name: _Name, directory: BoxDirectory = Path(), as_json: _AsJson = False
     from fedpeft_client.adapter_version import LINEAGE_FILE
 
     store = _store(directory)
-    version = store.find(name)
+    version = store.find(_version_name(name))
     lineage = version.path / LINEAGE_FILE
     if as_json:
         about = json.loads(version.about.model_dump_json(by_alias=True))
@@ -92,7 +92,7 @@ def pin(name: _Name, directory: BoxDirectory = Path()) -> None:
 
     Reads and writes DIR/adapters; sends nothing.
     """
-    _store(directory).pin(name)
+    _store(directory).pin(_version_name(name))
     program.say(f"{name} is pinned")
 
 
@@ -102,24 +102,45 @@ def unpin(name: _Name, directory: BoxDirectory = Path()) -> None:
 
     Reads and writes DIR/adapters; sends nothing.
     """
-    _store(directory).unpin(name)
+    _store(directory).unpin(_version_name(name))
     program.say(f"{name} is not pinned any more")
 
 
 @app.command()
 def remove(name: _Name, directory: BoxDirectory = Path()) -> None:
-    """Remove a version for good; not one that is in use or pinned.
+    """Remove a version for good; one in use only if it is damaged, and none that is pinned.
 
     Reads and writes DIR/adapters; sends nothing.
     """
-    _store(directory).remove(name)
+    store = _store(directory)
+    before = store.in_use_name()
+    store.remove(_version_name(name))
     program.say(f"{name} is removed")
+    if (now := store.in_use_name()) != before:
+        program.say(f"{now} is in use again")
 
 
 def _store(directory: Path) -> "AdapterStore":
     from fedpeft_client.box import open_box
 
     return open_box(directory).adapter_store
+
+
+def _version_name(name: str) -> str:
+    """Return a name that can be a version's.
+
+    Raises:
+        UnknownAdapter: it is that of the base model.
+    """
+    from fedpeft.errors import UnknownAdapter
+    from fedpeft_client.inference.catalogue import BASE
+
+    if name == BASE:
+        raise UnknownAdapter(
+            f"{BASE} is the base model alone, no version of the adapter: name one of "
+            "`fedpeft-client adapters list`"
+        )
+    return name
 
 
 def _row(store: "AdapterStore", version: "Version") -> dict[str, Any]:

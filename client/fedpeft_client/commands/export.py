@@ -43,16 +43,23 @@ def export(
     if quantisation is not None and form is not Format.gguf:
         raise typer.BadParameter(f"--quantisation belongs to --format gguf, not to {form.value}")
     from fedpeft import gguf_format
+    from fedpeft.errors import UnknownAdapter
     from fedpeft_client.adapter_store import AdapterStore
     from fedpeft_client.box import open_box
     from fedpeft_client.export.exporting import export as write
     from fedpeft_client.export.source import open_source
+    from fedpeft_client.inference.catalogue import BASE
 
     known = get_args(gguf_format.Quantisation)
     if quantisation is not None and quantisation not in known:
         raise typer.BadParameter(f"--quantisation is one of {', '.join(known)}")
     chosen = cast("Quantisation", quantisation or "f16")
     box = open_box(directory)
+    if adapter == BASE:
+        raise UnknownAdapter(
+            f"{BASE} is the base model alone, and only adapters are exported: name one of "
+            "`fedpeft-client adapters list`"
+        )
     version = AdapterStore(box.directory / "adapters").find(adapter)
     source = open_source(version.path, box.model.resolve(), name=version.name)
     write(source, form, out, say=program.say, quantisation=chosen)

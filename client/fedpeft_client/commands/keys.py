@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -12,18 +13,32 @@ app = typer.Typer()
 
 
 @app.command()
-def rotate(directory: BoxDirectory = Path()) -> None:
+def rotate(
+    directory: BoxDirectory = Path(),
+    identity: Annotated[
+        bool, typer.Option("--identity", help="renew the identity of this box too")
+    ] = False,
+) -> None:
     """Renew the key of this box's connection; a running client goes on with the new one.
 
-    Reads DIR; writes DIR/key.pem and DIR/membership.json; sends the server a new public
-    key, signed by the box's identity, which stays.
+    With --identity the old identity signs that a new one takes its place, and the other
+    clinics follow by themselves in the next round. Reads DIR; writes DIR/key.pem,
+    DIR/membership.json, DIR/audit and, with --identity, DIR/identity.key; sends the server
+    the new public keys, signed by the box's identity.
     """
     from fedpeft_client.box import open_box
-    from fedpeft_client.renewal import follow_server, renew_key
+    from fedpeft_client.renewal import follow_server, rotate_keys
 
     box = open_box(directory)
-    identity = box.load_identity(partial(ask_passphrase, confirm=False))
-    expires = renew_key(box, identity)
-    program.say(f"the key of the connection was renewed and is good until {expires:%Y-%m-%d}")
+    protection = box.protection(partial(ask_passphrase, confirm=False))
+    renewed = rotate_keys(box, protection, identity=identity)
+    program.say(
+        f"the key of the connection was renewed and is good until {renewed.expiry.key:%Y-%m-%d}"
+    )
+    if renewed.identity is not None:
+        program.say(
+            f"the identity was renewed too; this box's fingerprint is now "
+            f"{renewed.identity.fingerprint}, tell it the central site by telephone"
+        )
     if (server := follow_server(box)) is not None:
         program.say(f"the server's identity was renewed too; it is now {server.fingerprint}")

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fedpeft.data import FALLBACK_TEMPLATE
 from fedpeft.errors import BadRequest, ModelError
 from fedpeft_client.inference.engine import Message
 
@@ -38,8 +37,13 @@ class ChatTemplate:
             "eos_token": eos,
         }
         environment.globals.update(names)
+        if template is None:
+            # Imported here: it needs NumPy, which a server can do without.
+            from fedpeft.data import FALLBACK_TEMPLATE
+
+            template = FALLBACK_TEMPLATE
         try:
-            self._template = environment.from_string(template or FALLBACK_TEMPLATE)
+            self._template = environment.from_string(template)
         except TemplateError:
             raise ModelError(
                 "the base model's chat template is no valid template: correct its "

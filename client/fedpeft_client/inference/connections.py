@@ -1,8 +1,8 @@
 """Connections that are opened and left must not keep others out.
 
 uvicorn waits for the first request of a connection for ever, and the number of open files
-is limited. So a connection without a running request is closed after a while, and the
-oldest of them at once when there are too many.
+is limited. So a connection without a running request is closed after a while, and when
+there are too many, the oldest of those whose request has not wholly arrived at once.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ class PatientProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request; close the oldest idle connection if there are too many."""
+        """Begin to wait for a request; close the oldest waiting one if there are too many."""
         super().connection_made(transport)
         self._wait()
         if len(_open) > MOST_CONNECTIONS:
-            oldest = next((each for each in _open if not each.busy), None)
+            oldest = next((each for each in _open if not each.answering), None)
             if oldest is not None:
-                oldest.abandon()
+                oldest.drop()
 
     def data_received(self, data: bytes) -> None:
         """Take data; a request whose head is whole is watched by the application."""
@@ -69,11 +69,20 @@ class PatientProtocol(H11Protocol):
         """Whether a request is being answered. (``cycle`` is None before the first one.)"""
         return bool(self.cycle) and not self.cycle.response_complete
 
+    @property
+    def answering(self) -> bool:
+        """Whether a request that has wholly arrived is being answered."""
+        return self.busy and not self.cycle.more_body
+
     def abandon(self) -> None:
         """Close the connection if no request runs on it."""
         if not self.busy:
-            _open.pop(self, None)
-            self.transport.abort()
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the connection whatever runs on it."""
+        _open.pop(self, None)
+        self.transport.abort()
 
     def _wait(self) -> None:
         if self._deadline is not None:

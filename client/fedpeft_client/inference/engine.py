@@ -50,8 +50,10 @@ class Sampling:
             raise BadRequest(f"top_p is {self.top_p:g}; choose one above 0 and at most 1")
         if self.seed is not None and not 0 <= self.seed < 1 << 32:
             raise BadRequest(f"seed is {self.seed}; choose one from 0 to {(1 << 32) - 1}")
-        if len(self.stop) > _MOST_STOPS or not all(self.stop):
-            raise BadRequest(f"stop has {len(self.stop)} texts; give 1 to {_MOST_STOPS}, not empty")
+        if len(self.stop) > _MOST_STOPS:
+            raise BadRequest(f"stop has {len(self.stop)} texts; give at most {_MOST_STOPS}")
+        if not all(self.stop):
+            raise BadRequest("stop has an empty text, which would end every answer: leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,14 @@ class Answer(Protocol):
 
         Raises:
             InferenceError: the engine failed or was closed.
+        """
+        ...
+
+    def gathered(self, pause_s: float) -> Iterator[Piece]:
+        """Yield the first piece at once, then what has come, ``pause_s`` seconds apart.
+
+        Raises:
+            InferenceError: as above.
         """
         ...
 

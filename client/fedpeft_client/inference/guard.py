@@ -40,7 +40,7 @@ class Guard:
             )  # fmt: skip
         origin = headers.get("origin")
         crosses = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if crosses or (origin is not None and urlsplit(origin).netloc != host):
+        if crosses or (origin is not None and not _is_of(origin, host)):
             return Refusal(
                 403, "foreign_origin",
                 "pages of other sites may not ask this server: ask from a program instead",
@@ -67,6 +67,13 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
+        return False
+
+
+def _is_of(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:  # such as "http://["
         return False
 
 

@@ -11,8 +11,10 @@ would log is printed: it can quote prompts.
 """
 
 import ctypes as c
+import importlib.util
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 from fedpeft.errors import InferenceError
@@ -181,12 +183,18 @@ def library() -> Any:
     """Return the library with every function above declared.
 
     Raises:
-        InferenceError: xllamacpp is another release than the one that these
-            declarations belong to.
+        InferenceError: xllamacpp cannot be loaded, or is another release than the one
+            that these declarations belong to.
     """
-    # Imported here: it takes half a second, which commands that compute nothing can save.
-    import xllamacpp.xllamacpp as extension
-
+    _load_openmp()
+    try:
+        # Imported here: it takes half a second, which commands that compute nothing can save.
+        import xllamacpp.xllamacpp as extension
+    except ImportError as error:
+        raise InferenceError(
+            f"llama.cpp cannot be loaded ({error}): install fedpeft-client again, and on Debian "
+            "the package libgomp1"
+        ) from error
     try:
         loaded = c.CDLL(extension.__file__)
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -201,6 +209,14 @@ def library() -> Any:
     loaded.llama_log_set(_silent, None)
     loaded.llama_backend_init()
     return loaded
+
+
+def _load_openmp() -> None:
+    """Load the OpenMP that torch brings along: a bare Debian has none, and two would compete."""
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        for path in (Path(torch.origin).parent / "lib").glob("libgomp.so.1"):
+            c.CDLL(str(path), mode=c.RTLD_GLOBAL)
 
 
 def _values(structure: c.Structure) -> list[Any]:

@@ -110,7 +110,7 @@ class LlamaEngine(TokenEngine):
 
     def _begin(self, tokens: list[int], model: str | None, options: Sampling) -> QueuedAnswer:
         if len(tokens) >= self.context:
-            raise too_long(len(tokens), self.context)
+            raise too_long(len(tokens), self.context, cut=options.cut_prompt)
         left = self.context - len(tokens)
         budget = left if options.max_tokens is None else min(options.max_tokens, left)
         with self._lock:

@@ -49,7 +49,17 @@ def _as_text(value: Any) -> Any:
     parts: list[Any] = value
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         raise ValueError("only text is understood")
-    return "".join(str(part.get("text", "")) for part in parts)
+    if not all(isinstance(part.get("text"), str) for part in parts):
+        raise ValueError("a part has no text")
+    return "".join(part["text"] for part in parts)
+
+
+def _as_one_text(value: Any) -> Any:
+    """Take a prompt, or a list with one of them."""
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise ValueError("give one text, not several and no numbers of tokens")
+    return texts
 
 
 class _Loose(BaseModel):
@@ -117,7 +127,7 @@ class ChatRequest(_Request):
 class TextRequest(_Request):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1, max_length=1)
+    prompt: Annotated[list[str], BeforeValidator(_as_one_text)]
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -140,7 +150,7 @@ _Kind = TypeVar("_Kind", bound=_Request)
 
 def _parsed(kind: type[_Kind], body: bytes) -> _Kind:
     try:
-        content = json.loads(body)
+        content = json.loads(body.decode())
     except (ValueError, RecursionError):
         raise BadRequest("the request is no JSON: send an object as application/json") from None
     if not isinstance(content, dict):
@@ -153,7 +163,9 @@ def _parsed(kind: type[_Kind], body: bytes) -> _Kind:
     except ValidationError as error:
         wrong = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in wrong["loc"]) or "the request"
-        raise BadRequest(f"{where} cannot be used: {wrong['msg'].lower()}") from None
+        # Without what only those know who know how it is checked.
+        why = wrong["msg"].lower().removeprefix("value error, ").replace(" after validation", "")
+        raise BadRequest(f"{where} cannot be used: {why}") from None
 
 
 class AnswerFormat:

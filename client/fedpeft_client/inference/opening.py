@@ -14,12 +14,12 @@ import psutil
 
 from fedpeft.config import load_settings
 from fedpeft.errors import ConfigError, EnrolmentError, NotConvertible
-from fedpeft_client.clinic import CONFIG_FILE
+from fedpeft.weight_files import is_gguf
 from fedpeft_client.inference.catalogue import Catalogue, Look
 from fedpeft_client.inference.llama_engine import LlamaEngine, LlamaLimits
 from fedpeft_client.inference.prepared import Prepared, Tell, Workshop
 from fedpeft_client.inference.watching import Watch
-from fedpeft_client.settings import ClientSettings
+from fedpeft_client.settings import CONFIG_FILE, ClientSettings
 
 if TYPE_CHECKING:
     from fedpeft_client.box import Box
@@ -160,8 +160,9 @@ def choose(place: Place, prepare: Callable[[], object], *, cuda: bool) -> Choice
             kind="transformers", why=f"transformers answers, several times slower, as {error}"
         )
     why = "inference.engine asks for it" if wanted != "auto" else "this machine has no CUDA"
-    quantisation = place.settings.inference.quantisation
-    return Choice(kind="llama.cpp", why=f"llama.cpp answers ({quantisation}), as {why}")
+    chosen = place.settings.inference.quantisation
+    form = "the GGUF file as it is" if is_gguf(place.base) else chosen
+    return Choice(kind="llama.cpp", why=f"llama.cpp answers ({form}), as {why}")
 
 
 class _Watched:

@@ -47,7 +47,7 @@ class Workshop:
     tell: Tell
 
     def prepare(self, catalogue: Catalogue) -> Prepared:
-        """Return the files for ``catalogue``, and remove those of versions that are gone.
+        """Return the files for ``catalogue``, and remove those that nothing needs any more.
 
         Raises:
             NotConvertible: llama.cpp cannot run the base model.
@@ -60,13 +60,13 @@ class Workshop:
         broken: dict[str, str] = {}
         for name, path in catalogue.adapters.items():
             try:
-                adapters[name] = self._adapter(name, path)
+                adapters[name] = self._adapter(name, path, base)
             except StorageError:
                 raise
             except FedpeftError as error:
                 broken[name] = str(error)
                 self.tell(f"the adapter {name} cannot be used: {error}")
-        self._clean(set(adapters.values()))
+        self._clean({base, *adapters.values()})
         return Prepared(base=base, default=catalogue.default, adapters=adapters, broken=broken)
 
     def _base(self) -> Path:
@@ -90,13 +90,17 @@ class Workshop:
             write_base(self.base, path, self.quantisation, observe=Percent(self.tell))
         return path
 
-    def _adapter(self, name: str, source: Path) -> Path:
+    def _adapter(self, name: str, source: Path, base: Path) -> Path:
+        """Return a version's file for the converted ``base``, whose header says all that it needs.
+
+        (A model's directory would need transformers to be imported, which takes seconds.)
+        """
         from fedpeft.gguf_format import write_adapter
 
         path = self.directory / "adapters" / f"{name}-{_digest(source)}.gguf"
         if not (path.exists() and self._is_sound(path, None)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_adapter(source, self.base, path)
+            write_adapter(source, base, path)
         return path
 
     def _is_sound(self, path: Path, owner: str | None) -> bool:
@@ -111,8 +115,15 @@ class Workshop:
         return owner is None or header.fingerprint == owner
 
     def _clean(self, kept: set[Path]) -> None:
+        """Remove versions that are gone, and the base model in another encoding or another one.
+
+        A server that still answers from such a file keeps it mapped.
+        """
         with contextlib.suppress(OSError):  # only room on the disk is at stake
-            for path in (self.directory / "adapters").glob("*.gguf"):
+            for path in (
+                *self.directory.glob("base-*.gguf"),
+                *self.directory.glob("adapters/*.gguf"),
+            ):
                 if path not in kept:
                     path.unlink()
 

@@ -42,9 +42,15 @@ def unknown(name: str, models: Iterable[str], broken: Mapping[str, str]) -> Unkn
     )
 
 
-def too_long(tokens: int, context: int) -> PromptTooLong:
-    """Return the error for a prompt that leaves no room for an answer."""
+def too_long(tokens: int, context: int, *, cut: bool) -> PromptTooLong:
+    """Return the error for a prompt that leaves no room for an answer, ``cut`` or not."""
+    if cut:
+        return PromptTooLong(
+            f"the prompt has {tokens} tokens without its oldest turns too, and the context "
+            f"{context}, in which the answer has to fit too: shorten the last turns"
+        )
     return PromptTooLong(
         f"the prompt has {tokens} tokens and the context {context}, in which the answer has to "
-        "fit too: shorten the prompt, or ask for it to be cut"
+        "fit too: shorten the prompt, or ask for it to be cut (--cut-prompt; of fedpeft-client "
+        "serve: truncate_prompt)"
     )

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from fedpeft.errors import BadRequest
 from fedpeft_client.inference.answers import QueuedAnswer
 from fedpeft_client.inference.chat_template import ChatTemplate
 from fedpeft_client.inference.engine import Message, Sampling
@@ -31,7 +32,7 @@ class TokenEngine(ABC):
         """
 
         def tokens_of(kept: Sequence[Message]) -> list[int]:
-            return self._tokens(self._template.prompt(kept))
+            return self._tokens(_writable(self._template.prompt(kept)))
 
         if options.cut_prompt:
             tokens = cut_messages(messages, tokens_of, self.context)
@@ -45,7 +46,7 @@ class TokenEngine(ABC):
         Raises:
             UnknownAdapter, BadRequest, PromptTooLong: as the protocol says.
         """
-        tokens = self._tokens(prompt) or self._tokens(self._end)
+        tokens = self._tokens(_writable(prompt)) or self._tokens(self._end)
         if options.cut_prompt:
             tokens = tokens[-room(self.context) :]
         return self._begin(tokens, model, options)
@@ -57,3 +58,16 @@ class TokenEngine(ABC):
     @abstractmethod
     def _begin(self, tokens: list[int], model: str | None, options: Sampling) -> QueuedAnswer:
         """Begin to continue ``tokens``."""
+
+
+def _writable(text: str) -> str:
+    """Return a text that is one.
+
+    Raises:
+        BadRequest: it has half a character, as bytes in another encoding than UTF-8 become.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest("the text is no valid Unicode: write it in UTF-8") from None
+    return text

@@ -112,7 +112,7 @@ class TransformersEngine(TokenEngine):
 
     def _begin(self, tokens: list[int], model: str | None, options: Sampling) -> QueuedAnswer:
         if len(tokens) >= self.context:
-            raise too_long(len(tokens), self.context)
+            raise too_long(len(tokens), self.context, cut=options.cut_prompt)
         catalogue = self._catalogue
         name = model if model is not None else (catalogue.default or BASE)
         if name != BASE and name not in catalogue.adapters:

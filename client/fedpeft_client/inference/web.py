@@ -91,7 +91,12 @@ class Service:
             raise _Refused(refusal)
         method, handler = self._routes.get(scope["path"], ("", None))
         if handler is None:
-            raise _Refused(Refusal(404, "unknown_url", "there is no such address on this server"))
+            raise _Refused(
+                Refusal(
+                    404, "unknown_url",
+                    f"there is no such address on this server, only {', '.join(self._routes)}",
+                )
+            )  # fmt: skip
         if scope["method"] != method:
             raise _Refused(Refusal(405, "method_not_allowed", f"use {method} for this address"))
         if method == "POST":
@@ -213,15 +218,15 @@ async def _body(receive: Receive) -> bytes:
         _Refused: it is too large or too slow.
         _Gone: the client closed the connection.
     """
-    parts: list[bytes] = []
+    body = bytearray()
     try:
         async with asyncio.timeout(_BODY_S):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise _Gone
-                parts.append(message.get("body", b""))
-                if sum(map(len, parts)) > _MOST_BODY_BYTES:
+                body += message.get("body", b"")
+                if len(body) > _MOST_BODY_BYTES:
                     raise _Refused(
                         Refusal(
                             413, "request_too_large",
@@ -229,7 +234,7 @@ async def _body(receive: Receive) -> bytes:
                         )
                     )  # fmt: skip
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    return bytes(body)
     except TimeoutError:
         raise _Refused(
             Refusal(408, "timeout", f"the request did not arrive within {_BODY_S} seconds")

@@ -1,0 +1,1 @@
+"""Rounds without a network: a box joins and answers by files on a stick."""

@@ -1,0 +1,131 @@
+"""Join a federation without a network: a request goes out on a stick, a ticket comes back.
+
+Until the ticket is here, the directory holds keys and ``joining.json``, and takes no part.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from fedpeft.errors import EnrolmentError, SealingError, StickRefused, StorageError
+from fedpeft.sealing.identity import PublicIdentity
+from fedpeft.sealing.join_file import FILE_LIMIT, JoinRequest, Ticket
+from fedpeft.sealing.keyfile import Protection
+from fedpeft.storage import explained, sync_directory, write_atomically
+from fedpeft_client.enrolment import Invitation, own_keys, public_pem, settle
+from fedpeft_client.key_life import Expiry
+from fedpeft_client.settings import CONFIG_FILE
+
+SCHEMA: Final = 1
+JOINING_FILE: Final = "joining.json"
+
+
+def ask_to_join(
+    invitation: Invitation, directory: Path, protection: Protection, settings: str, request: Path
+) -> PublicIdentity:
+    """Make the box's keys in ``directory`` and write its request; return its identity.
+
+    ``settings`` is the text of ``client.toml``, which is written when the ticket comes. The
+    same again, as after a lost stick, gives a request of the same keys.
+
+    Raises:
+        EnrolmentError, StorageError, KeyLocked, SealingError: see ``enrolment.join``.
+    """
+    key, identity = own_keys(invitation, directory, protection)
+    asked = JoinRequest.make(
+        identity,
+        federation=invitation.federation,
+        clinic=invitation.clinic,
+        token=invitation.token,
+        public_key=public_pem(key),
+    )
+    own = identity.public
+    write_atomically(
+        directory / JOINING_FILE, _joining(invitation, own, settings).encode(), mode=0o600
+    )
+    write_atomically(request, asked.to_json().encode(), mode=0o600)
+    return own
+
+
+def take_ticket(ticket: Path, directory: Path) -> Invitation:
+    """Complete the join of the box in ``directory``.
+
+    Returns:
+        What the box was invited to; its token is gone.
+
+    Raises:
+        StickRefused: the ticket is of another box or federation, damaged or forged.
+        EnrolmentError: this directory did not ask to join.
+        StorageError: a file cannot be read or written.
+    """
+    invitation, own, settings = _pending(directory)
+    with explained("read", ticket), ticket.open("rb") as file:
+        content = file.read(FILE_LIMIT + 1)
+    try:
+        granted = Ticket.from_json(content, invitation.identity)
+        told = {"keys_expire": granted.keys_expire, "identity_expires": granted.identity_expires}
+        expiry = Expiry.told(told)
+    except StickRefused as error:
+        raise StickRefused(f"{ticket} {error}") from None
+    except ValueError:
+        raise StickRefused(f"{ticket} names no moment until which keys are good") from None
+    mine = (invitation.federation, invitation.clinic, own)
+    if (granted.federation, granted.clinic, granted.identity) != mine:
+        raise StickRefused(
+            f"{ticket} is foreign: it admits clinic {granted.clinic} of {granted.federation}, or a "
+            f"box with other keys, and this one asked to join {invitation.federation} as "
+            f"{invitation.clinic}"
+        )
+    write_atomically(directory / CONFIG_FILE, settings.encode())
+    settle(invitation, directory, expiry)
+    path = directory / JOINING_FILE
+    with explained("remove", path):
+        path.unlink()
+        sync_directory(directory)
+    return invitation
+
+
+def _joining(invitation: Invitation, own: PublicIdentity, settings: str) -> str:
+    document = {
+        "schema": SCHEMA,
+        "server": invitation.server,
+        "federation": invitation.federation,
+        "clinic": invitation.clinic,
+        "base_model": invitation.fingerprint,
+        "identity": invitation.identity.to_text(),
+        "ca": invitation.ca_pem,
+        "own": own.to_text(),
+        "settings": settings,
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _pending(directory: Path) -> tuple[Invitation, str, str]:
+    """Return the invitation without its token, the box's identity, and its settings."""
+    path = directory / JOINING_FILE
+    if not path.is_file():
+        raise EnrolmentError(
+            f"{directory} has not asked to join by stick: run fedpeft-client join INVITATION "
+            "--stick REQUEST first, and name its directory here"
+        )
+    with explained("read", path):
+        content = path.read_bytes()
+    try:
+        document: Any = json.loads(content)
+        if document["schema"] != SCHEMA:
+            raise ValueError
+        invitation = Invitation(
+            server=document["server"],
+            federation=document["federation"],
+            clinic=document["clinic"],
+            fingerprint=document["base_model"],
+            ca_pem=document["ca"],
+            identity=PublicIdentity.from_text(document["identity"]),
+            token="",
+        )
+        return invitation, document["own"], document["settings"]
+    except (ValueError, KeyError, TypeError, SealingError):
+        raise StorageError(
+            f"{path} is damaged or of another release: join again with the invitation, in the same "
+            "directory"
+        ) from None

@@ -1,0 +1,1 @@
+"""Clinics without a network: their questions wait in a folder, and answers come as files."""
