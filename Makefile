@@ -22,7 +22,7 @@ demo: .venv/ready     ## run the embedded federation and print what federating g
 # second process does not. Tests of whole federations start processes of their own.
 test: check           ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/core tests/client tests/server tests/strategies
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 
 check: lint types imports
 

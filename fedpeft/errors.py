@@ -348,6 +348,12 @@ class OutOfOrder(AggregationRefused):
     reason = "out-of-order"
 
 
+class Interrupted(AggregationRefused):
+    """A clinic's program ended in the midst of a step; the next one is asked for it again."""
+
+    reason = "interrupted"
+
+
 class TooFewClinics(AggregationRefused):
     """Fewer clinics are left than the threshold of the secure aggregation."""
 
@@ -475,6 +481,7 @@ class StickRefused(FedpeftError):
 LASTING_REASONS = frozenset(
     error.reason
     for error in (
+        AlreadyAggregated,
         AuditLogDamaged,
         BaseNotAllowed,
         BudgetSpent,

@@ -159,8 +159,8 @@ class AnswerFile:
         if (model, options) != (asking.model, asking.shown):
             raise StorageError(
                 f"{self._path} was begun with {model} and other options, and {asking.model} would "
-                "go on: ask as before (--model, --max-tokens, --temperature, --seed), or name "
-                "another file with --out"
+                "go on: ask as before (--model, --max-tokens, --temperature, --seed, "
+                "--cut-prompt), or name another file with --out"
             )
 
     def _foreign(self, number: int) -> StorageError:

@@ -192,7 +192,8 @@ class ClinicDesk:
             require_memory(clinic, assignment.job, kind)
             with bounded_memory(clinic.limits.max_memory_mb):
                 trained = self._work.train(clinic, assignment)
-            self._trail.charged(request.context, assignment.job, trained)
+            if not trained.again:
+                self._trail.charged(request.context, assignment.job, trained)
             if trained.privacy is not None:
                 self._paid[clinic.name] = asked, trained
         return trained

@@ -20,7 +20,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.run import Run
 
-from fedpeft.errors import AdapterNotHeld, OutOfOrder, PolicyRefused
+from fedpeft.errors import AdapterNotHeld, Interrupted, PolicyRefused
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
 from fedpeft.protocol import MESSAGE_TYPES
 from fedpeft.secagg import STAGES
@@ -220,14 +220,14 @@ class _Worker:
     def _excuse(self) -> None:
         """Say that what a former process was asked has to be asked again.
 
-        It held what was sent before, or its part of a secure sum, in memory: the reasons are
-        those of a clinic that is asked anything after a restart.
+        What had come was in memory. A step of a secure sum is on the disk, and so is its answer
+        if there was one: asked again, this process goes on with both.
         """
         head = self._standing.question
         if head is None:
             return
         stage = head.metadata.message_type.partition(".")[2]
-        lost = AdapterNotHeld if stage in ("", STAGES[0]) else OutOfOrder
+        lost = AdapterNotHeld if stage in ("", STAGES[0]) else Interrupted
         reply = refusal(head, lost.reason)
         self._trail.leaving(reply)
         with contextlib.suppress(RunEnded, MessageLost):

@@ -40,7 +40,7 @@ REASON_WORDS: Final = "a reason word in place of an answer, readable for the cen
 OTHER: Final = "a message of a kind that this release does not know"
 JOINING: Final = (
     "asked to join the federation: the public keys of this box, a signature and the token of the "
-    "invitation, readable for the central site"
+    "invitation (by stick a proof of it), readable for the central site"
 )
 NOT_LISTED: Final = (
     "While it is connected, the box also sends questions for messages and signs of life, without "

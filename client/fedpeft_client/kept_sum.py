@@ -1,10 +1,12 @@
 """The secure sum that a clinic takes part in, kept on the disk between two of its steps.
 
 On the network it outlives a restart, and with a stick each step is another process. Always
-written before the answer of a step leaves: so no step is ever answered twice, whatever the
-server asks and however the program stops. Encrypted; removed with the last step.
+written before the answer of a step leaves: so no step ever gets two answers, whatever the
+server asks and however the program stops. The last answer is kept too, for when the very same
+request comes again after a kill. Encrypted; the secrets are removed with the last step.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, StorageError
 from fedpeft.protocol import Job
 from fedpeft.sealing import Context
 from fedpeft.secagg import Session
@@ -51,15 +53,41 @@ class Summand:
         return cls(values, about["weight"], about["integers"])
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The answer to a step's request, of which ``asked`` is the context and the SHA-256."""
+
+    asked: bytes
+    answer: bytes = field(repr=False)
+
+    @classmethod
+    def to(cls, context: Context, data: bytes, answer: bytes) -> "Answered":
+        """Return the answer to ``data``, asked in ``context``."""
+        return cls(_asked(context, data), answer)
+
+    def fits(self, context: Context, data: bytes) -> bool:
+        """Say whether this is the answer to ``data``, asked in ``context``."""
+        return self.asked == _asked(context, data)
+
+
+def _asked(context: Context, data: bytes) -> bytes:
+    place = context.to_bytes()
+    return _LENGTH.pack(len(place)) + place + hashlib.sha256(data).digest()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptSum:
-    """A sum between two steps; ``summand`` is None once it was masked."""
+    """A sum between two steps; ``summand`` is None once it was masked.
+
+    ``answered`` is the last step's answer.
+    """
 
     context: Context
     session: Session
     job: Job
     steps: KeptSession = field(repr=False)
     summand: Summand | None = field(repr=False)
+    answered: Answered | None = field(default=None, repr=False)
 
 
 class SumFolder:
@@ -81,33 +109,63 @@ class SumFolder:
         self.go_on(kept)
 
     def go_on(self, kept: KeptSum) -> None:
-        """Keep how far the sum has come.
+        """Keep how far the sum has come, and the answer with which it came there, as one file.
 
         Raises:
             StorageError: it cannot be written; the answer must not leave.
         """
         session = kept.session
         document = {
-            "schema": SCHEMA,
             "context": kept.context.to_bytes().hex(),
             "kind": session.kind,
             "model": session.model.hex(),
             "job": kept.job.to_json(),
             "steps": kept.steps.to_bytes().decode(),
         }
-        self._vault.write(_STATE, json.dumps(document).encode())
+        self._write(document, kept.answered)
         if kept.summand is None:
             self._remove(_VALUES)
 
+    def over(self, answered: Answered | None) -> None:
+        """Forget the secrets of a sum that was opened, and keep the last answer.
+
+        Raises:
+            StorageError: it cannot be written; the answer must not leave.
+        """
+        self._write(None, answered)
+        self._remove(_VALUES)
+
+    def _write(self, document: dict[str, str] | None, answered: Answered | None) -> None:
+        asked = answered.asked.hex() if answered else ""
+        about = json.dumps({"schema": SCHEMA, "sum": document, "asked": asked}).encode()
+        answer = answered.answer if answered else b""
+        self._vault.write(_STATE, _LENGTH.pack(len(about)) + about + answer)
+
+    def last_answer(self) -> Answered | None:
+        """Return the last answer; None: there is none that this box can read."""
+        about, answer = self._read()
+        return Answered(bytes.fromhex(about["asked"]), answer) if about.get("asked") else None
+
+    def _read(self) -> tuple[dict[str, Any], bytes]:
+        if _STATE not in self._vault.names():
+            return {}, b""
+        try:
+            data = self._vault.read(_STATE)
+            (length,) = _LENGTH.unpack_from(data)
+            end = _LENGTH.size + length
+            about: dict[str, Any] = json.loads(data[_LENGTH.size : end])
+        except (StorageError, ValueError, struct.error):
+            return {}, b""  # of another release or identity: it counts as a sum never begun
+        return (about, data[end:]) if about.get("schema") == SCHEMA else ({}, b"")
+
     def read(self) -> KeptSum | None:
         """Return what is kept; None: nothing that this box can go on with."""
-        names = self._vault.names()
-        if _STATE not in names:
+        about, _ = self._read()
+        document: Any = about.get("sum")
+        if document is None:
             return None
+        names = self._vault.names()
         try:
-            document: Any = json.loads(self._vault.read(_STATE))
-            if document["schema"] != SCHEMA:
-                return None
             context = Context.from_bytes(bytes.fromhex(document["context"]))
             return KeptSum(
                 context=context,
@@ -122,9 +180,10 @@ class SumFolder:
                 job=Job.from_json(document["job"]),
                 steps=KeptSession.from_bytes(document["steps"].encode()),
                 summand=Summand.from_bytes(self._vault.read(_VALUES)) if _VALUES in names else None,
+                answered=self.last_answer(),
             )
         except (FedpeftError, ValueError, KeyError, TypeError):
-            return None  # of another release or identity: it counts as a sum never begun
+            return None  # likewise
 
     def clear(self) -> None:
         """Forget the sum, so that a power cut does not bring it back.

@@ -43,7 +43,8 @@ class Trained:
     ``update`` is the change of the factors that the job has sent; under distributed noise
     the noisy sum of their gradients, in units of the grid. ``rows`` are the training rows,
     ``nll`` their loss (nats) over ``tokens`` target tokens, both 0 where noise would have
-    to protect them. ``within_clip`` says whether clinic-level privacy left the update uncut.
+    to protect them. ``within_clip`` says whether clinic-level privacy left the update uncut,
+    and ``again`` that this is what the round was answered with before, and paid for then.
     """
 
     update: AdapterState
@@ -52,6 +53,7 @@ class Trained:
     tokens: int = 0
     within_clip: bool = False
     privacy: ClinicPrivacy | None = None
+    again: bool = False
 
     def to_bytes(self) -> bytes:
         """Return it to be kept on this box, as docs/spec/checkpoint.md says."""

@@ -52,10 +52,11 @@ def read_questions(path: Path) -> list[Question]:
         DataError: the file cannot be read, holds no question, or a line that is none.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        # Not splitlines: it also cuts where Unicode has marks of its own, which JSON may hold.
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"cannot read questions from {path}: {why.lower()}") from None
+        why = (getattr(error, "strerror", None) or "").lower() or "it is not UTF-8 text"
+        raise DataError(f"cannot read questions from {path}: {why}") from None
     as_json = path.suffix.lower() in _JSON
     found: list[Question] = []
     for number, line in enumerate(lines, 1):
@@ -76,7 +77,7 @@ def read_questions(path: Path) -> list[Question]:
 def _from_json(line: str, number: int) -> Question | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, Mapping):
         return None

@@ -38,7 +38,7 @@ from fedpeft.secagg import (
 )
 from fedpeft.secagg.kept_session import KeptSession
 from fedpeft_client.clinic import Clinic
-from fedpeft_client.kept_sum import KeptSum, SumFolder, Summand
+from fedpeft_client.kept_sum import Answered, KeptSum, SumFolder, Summand
 from fedpeft_client.learning import Trained
 from fedpeft_client.opened_sums import OpenedSums
 from fedpeft_client.work import Assignment, Measured
@@ -78,6 +78,7 @@ class _Sum:
     job: Job
     session: ClinicSession
     summand: Summand | None
+    answered: Answered | None = None
 
     def kept(self) -> KeptSum:
         return KeptSum(
@@ -86,6 +87,7 @@ class _Sum:
             job=self.job,
             steps=self.session.kept(),
             summand=self.summand,
+            answered=self.answered,
         )
 
 
@@ -149,7 +151,7 @@ class SecureSums:
         return keys
 
     def go_on(self, clinic: Clinic, context: Context, stage: str, data: bytes) -> bytes:
-        """Answer a later request of the session.
+        """Answer a later request of the session; the very same request gets the same answer.
 
         Raises:
             OutOfOrder: this clinic has no session, or another stage is due.
@@ -157,6 +159,8 @@ class SecureSums:
             AggregationRefused: it must not be answered; the session is over.
             StorageError: how far it came cannot be written; nothing may leave.
         """
+        if (again := self._answer_before(clinic)) is not None and again.fits(context, data):
+            return again.answer
         begun = self._begun(clinic)
         session, about = begun.session, begun.context
         same = (about.round, about.attempt, about.run, about.schema, session.session.kind) == (
@@ -173,6 +177,7 @@ class SecureSums:
             )
         try:
             answer = session.receive(stage, data)
+            begun.answered = Answered.to(context, data, answer)
         finally:
             self._keep(clinic, begun)
         return answer
@@ -197,10 +202,21 @@ class SecureSums:
             begun.summand = None
         if clinic.sums_directory is None:
             return
-        if state in (State.UNMASKED, State.ENDED):
-            SumFolder(clinic).clear()
+        folder = SumFolder(clinic)
+        if state is State.ENDED:
+            folder.clear()
+            return
+        if state is State.UNMASKED:
+            folder.over(begun.answered)
         else:
-            SumFolder(clinic).go_on(begun.kept())
+            folder.go_on(begun.kept())
+
+    def _answer_before(self, clinic: Clinic) -> Answered | None:
+        """Return the last answer of the clinic's sum, by this process or one before."""
+        begun = self._sums.get(clinic.name)
+        if begun is not None or clinic.sums_directory is None:
+            return begun and begun.answered
+        return SumFolder(clinic).last_answer()
 
     def _begun(self, clinic: Clinic) -> _Sum:
         """Return the clinic's sum, of this process or one before.
@@ -223,7 +239,7 @@ class SecureSums:
         if kept is None:
             return None
         session = self._session(clinic, kept.session, kept.job, kept.summand, kept.steps)
-        return _Sum(kept.context, kept.job, session, kept.summand)
+        return _Sum(kept.context, kept.job, session, kept.summand, kept.answered)
 
     def _session(
         self,

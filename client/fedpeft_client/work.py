@@ -5,7 +5,7 @@ not known here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpeft.adapters import (
     AdapterSchema,
@@ -133,7 +133,7 @@ class ClinicWork:
         sent = model.trained.part(job.sends)
         stopped = self._stopped(clinic, job, ready, rows)
         if stopped is not None and (before := stopped.answered(sent)) is not None:
-            return before
+            return replace(before, again=True)
         attempt = stopped.attempt if stopped is not None else ""
         protection = self._protector.open(clinic, job, assignment.run, rows, sent.numel, attempt)
         learner = Learner(clinic, job, protection, self._tell)

@@ -160,6 +160,7 @@ def _fields(kind: str, content: bytes) -> dict[str, Any]:
             raise ValueError
         if not all(isinstance(value, str) for value in document.values()):
             raise ValueError
+        "".join(document.values()).encode()  # JSON can name half a character
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _not_ours() from None
     return document

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flwr.app import Array, Message
 
 from fedpeft.adapters.wire import HEADER_BYTES
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, Interrupted
 from fedpeft.protocol import Payload, carried, carry
 from fedpeft.protocol.successions import Links
 from fedpeft.sealing import (
@@ -30,6 +30,8 @@ from fedpeft_server.link import Link
 Accept = Callable[[str, Payload], None]
 """Takes what a clinic answered; raises a FedpeftError if it cannot be used."""
 _SLACK_BYTES = 1 << 20
+_MOST_AGAIN = 5
+"""How often one step is asked again of clinics that could not answer for a passing reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,9 @@ class Channel:
     ) -> dict[str, str]:
         """Send each node its letter for round ``number`` and hand the answers to ``accept``.
 
-        A clinic whose identity was renewed while it was asked, and that could not open what
-        was sealed for the old one, is asked again within the time.
+        A clinic is asked again within the time if its identity was renewed meanwhile, so that it
+        could not open what was sealed for the old one, or if its program was killed and another
+        one has taken its place.
 
         Returns:
             The reasons of the clinics whose answer was not accepted, by name.
@@ -120,16 +123,19 @@ class Channel:
             )
 
         failed = asked(letters, timeout_s)
-        identities, before = self._link.identities(), identities
-        renewed = {
-            node: letter
-            for node, letter in letters.items()
-            if names[node] in failed and identities.get(node, before[node]) != before[node]
-        }
-        if renewed and (left := ends - time.monotonic()) > 0:
-            for node in renewed:
+        for _ in range(_MOST_AGAIN):
+            identities, before = self._link.identities(), identities
+            again = {
+                node: letter
+                for node, letter in letters.items()
+                if failed.get(names[node]) == Interrupted.reason
+                or (names[node] in failed and identities.get(node, before[node]) != before[node])
+            }
+            if not again or (left := ends - time.monotonic()) <= 0:
+                break
+            for node in again:
                 del failed[names[node]]
-            failed |= asked(renewed, left)
+            failed |= asked(again, left)
         return dict(sorted(failed.items()))
 
     def _ask(

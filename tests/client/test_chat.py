@@ -190,6 +190,7 @@ def test_ctrl_c_stops_the_answer_and_once_more_ends(engine: Engine):
         '{"messages": []}',
         f'{{"messages": [{{"role": "user", "content": ["{SECRET}"]}}]}}',
         f'{{"messages": [{{"role": "assistant", "content": "{SECRET}"}}]}}',
+        "[" * 200_000,
     ],
 )
 def test_a_line_that_is_no_question_is_named_and_not_quoted(line: str, tmp_path: Path):
@@ -225,6 +226,8 @@ def test_questions_are_read_from_lines_and_from_json(tmp_path: Path):
     rows.write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
     found = read_questions(rows)
     assert [question.text for question in found] == ["one", "two", "c"]
+    rows.write_text('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}', "utf-8")
+    assert [question.text for question in read_questions(rows)] == ["a\u2028b\u0085c", "d"]
     assert list(found[2].messages) == turns
 
 

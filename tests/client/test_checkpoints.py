@@ -263,6 +263,7 @@ def test_a_finished_round_is_answered_again_with_the_same_update(kind: str, clin
     assert same(first, again)
     assert charged(clinic) == paid
     assert told[-1] == ("north: round 2 was trained already, and is answered with the same update")
+    assert (first.again, again.again) == (False, True)  # noted as paid for once
 
 
 def test_an_update_that_the_server_adds_noise_to_is_charged_each_time(clinic: Clinic):

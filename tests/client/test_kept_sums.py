@@ -13,6 +13,7 @@ from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.secagg import STAGES
 from fedpeft.secagg.messages import Inbox, Roster, Survivors, Unmasking
 from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.kept_sum import SumFolder
 from fedpeft_client.opened_sums import OpenedSums
 from fedpeft_client.settings import ConfidentialitySettings, DataSettings
 from fedpeft_client.summing import SecureSums
@@ -76,27 +77,39 @@ class Restarted(World):
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_no_step_is_answered_twice_over_a_restart(tmp_path: Path, stage: str):
+def test_no_step_gets_two_answers_over_a_restart(tmp_path: Path, stage: str):
     world = Restarted(tmp_path)
     world.until(stage)
-    world.step()
-    with pytest.raises(OutOfOrder):
-        world.again("c1", stage, world.requests["c1"][stage])
+    request = world.server.requests()["c1"]
+    answer = world.again("c1", stage, request)
+    assert world.again("c1", stage, request) == answer
+    for other in (request + b"\0", request[:-1]):
+        with pytest.raises(OutOfOrder):
+            world.again("c1", stage, other)
+
+
+def test_an_answer_of_before_is_not_given_to_another_attempt(tmp_path: Path):
+    world = Restarted(tmp_path)
+    world.until("masked")
+    request = world.server.requests()["c1"]
+    world.again("c1", "masked", request)
+    with pytest.raises(FedpeftError, match="another secure sum"):
+        world.again("c1", "masked", request, attempt=2)
 
 
 def test_a_restarted_box_never_reveals_both_shares_of_a_clinic(tmp_path: Path):
     world = Restarted(tmp_path)
     world.until("unmask")
     request = world.server.requests()["c1"]
-    assert world.again("c1", "unmask", request)
+    answer = world.again("c1", "unmask", request)
     asked = Unmasking.from_bytes(request, 4)
     place = min(asked.survivors - {1})
     other = dataclasses.replace(
         asked, survivors=asked.survivors - {place}, dropped=asked.dropped | {place}
     )
-    for stage, data in (("unmask", other.to_bytes(4)), ("unmask", request)):
-        with pytest.raises(OutOfOrder):
-            world.again("c1", stage, data)
+    with pytest.raises(OutOfOrder):
+        world.again("c1", "unmask", other.to_bytes(4))
+    assert world.again("c1", "unmask", request) == answer  # nothing that had not left
 
 
 def test_a_restarted_box_signs_no_second_list_of_survivors(tmp_path: Path):
@@ -176,7 +189,10 @@ def test_nothing_of_a_sum_stays_on_the_disk(tmp_path: Path):
     world.until("check")
     assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["sum"]
     world.all()
-    assert [path.name for path in (tmp_path / "c1").iterdir()] == ["opened.json"]
+    assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["opened.json", "sum"]
+    kept = SumFolder(clinic_in(tmp_path, "c1"))
+    assert kept.read() is None  # only the last answer is left, which went to the server
+    assert kept.last_answer() is not None
 
 
 def test_a_sum_lies_encrypted_and_for_its_owner_alone(tmp_path: Path):

@@ -71,7 +71,7 @@ def busy(link: SuperLink, settings: ConnectionSettings, kind: str) -> Generator[
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("train", "adapter-not-held"), ("train.masked", "out-of-order")]
+    ("kind", "reason"), [("train", "adapter-not-held"), ("train.masked", "interrupted")]
 )
 def test_a_process_takes_the_place_of_a_killed_one_at_once_and_excuses_it(
     federation: Federation, kind: str, reason: str

@@ -37,6 +37,7 @@ TICKET = Ticket(
         REQUEST.to_json().replace('"schema": 1', '"schema": 2').encode(),
         REQUEST.to_json().replace('"clinic": "north"', '"clinic": 1').encode(),
         REQUEST.to_json().replace('"clinic"', '"klinik"').encode(),
+        REQUEST.to_json().replace('"north"', '"\\ud800"').encode(),
         REQUEST.to_json().encode() + b" " * FILE_LIMIT,
     ],
 )

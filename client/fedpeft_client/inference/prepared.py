@@ -2,6 +2,7 @@
 
 DIR/inference/base-<fingerprint>-<quantisation>.gguf
 DIR/inference/adapters/<version>-<digest>.gguf
+and beside each a .sha256 of it, by which damage is noticed
 
 A base model that is a GGUF file already is used as it is. Must not know engines.
 Converting needs torch, which takes more memory than a small model; so nothing here
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import FedpeftError, FingerprintMismatch, ModelError, StorageError
-from fedpeft.storage import explained
+from fedpeft.storage import explained, write_atomically
 from fedpeft_client.inference.catalogue import Catalogue
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Workshop:
         if not (path.exists() and self._is_sound(path, owner)):
             self.tell(f"converting the base model to {self.quantisation} once, into {path}")
             write_base(self.base, path, self.quantisation, observe=Percent(self.tell))
+            _note_digest(path)
         return path
 
     def _adapter(self, name: str, source: Path, base: Path) -> Path:
@@ -101,6 +103,7 @@ class Workshop:
         if not (path.exists() and self._is_sound(path, None)):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_adapter(source, base, path)
+            _note_digest(path)
         return path
 
     def _is_sound(self, path: Path, owner: str | None) -> bool:
@@ -109,7 +112,10 @@ class Workshop:
 
         try:
             header = read_header(path)
+            sound = _has_digest(path)
         except ModelError:
+            sound, header = False, None
+        if not sound or header is None:
             self.tell(f"{path} is damaged and is made anew")
             return False
         return owner is None or header.fingerprint == owner
@@ -126,6 +132,29 @@ class Workshop:
             ):
                 if path not in kept:
                     path.unlink()
+                    _digest_file(path).unlink(missing_ok=True)
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _note_digest(path: Path) -> None:
+    """Keep the digest of a file beside it: llama.cpp computes with damaged weights, too."""
+    from fedpeft.weight_files import fingerprint
+
+    write_atomically(_digest_file(path), f"{fingerprint(path)}\n".encode())
+
+
+def _has_digest(path: Path) -> bool:
+    """Say whether a file is as it was written; one of a release before this is noted now."""
+    from fedpeft.weight_files import fingerprint
+
+    kept = _digest_file(path)
+    if not kept.exists():
+        _note_digest(path)
+    with explained("read", kept):
+        return kept.read_text("ascii").strip() == fingerprint(path)
 
 
 class Percent:
