@@ -42,6 +42,7 @@
     │   ├── TooLarge               14   too-large
     │   └── KeyLocked              14   key-locked
     ├── AggregationRefused         15   aggregation-refused
+    │   ├── Interrupted            15   interrupted
     │   ├── OutOfOrder             15   out-of-order
     │   ├── TooFewClinics          15   too-few-clinics
     │   ├── WeakThreshold          15   weak-threshold

@@ -6,7 +6,7 @@ returns is all that may leave the box.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeVar
 
 import torch
@@ -53,7 +53,7 @@ class Trained:
     tokens: int = 0
     within_clip: bool = False
     privacy: ClinicPrivacy | None = None
-    again: bool = False
+    again: bool = field(default=False, compare=False)
 
     def to_bytes(self) -> bytes:
         """Return it to be kept on this box, as docs/spec/checkpoint.md says."""

@@ -124,9 +124,10 @@ def test_every_documented_error_exists_and_every_aggregation_error_is_documented
     found = set(re.findall(r"`([A-Z][a-z]+[A-Z]\w+)`", PAGE)) - {"InvalidTag"}
     assert [name for name in found if not hasattr(fedpeft.errors, name)] == []
     refusals = {it.__name__ for it in fedpeft.errors.AggregationRefused.__subclasses__()}
-    by_reason = {"OutOfOrder", "AlreadyAggregated"}
+    by_reason = {"OutOfOrder", "AlreadyAggregated", "Interrupted"}
     assert refusals - found == by_reason
     assert "`out-of-order`" in PAGE
+    assert "`interrupted`" in PAGE
     assert "`already-aggregated`" in PAGE
 
 
