@@ -75,6 +75,10 @@ def _asked(context: Context, data: bytes) -> bytes:
     return _LENGTH.pack(len(place)) + place + hashlib.sha256(data).digest()
 
 
+def _answered(about: Mapping[str, Any], answer: bytes) -> Answered | None:
+    return Answered(bytes.fromhex(about["asked"]), answer) if about.get("asked") else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptSum:
     """A sum between two steps; ``summand`` is None once it was masked.
@@ -143,8 +147,7 @@ class SumFolder:
 
     def last_answer(self) -> Answered | None:
         """Return the last answer; None: there is none that this box can read."""
-        about, answer = self._read()
-        return Answered(bytes.fromhex(about["asked"]), answer) if about.get("asked") else None
+        return _answered(*self._read())
 
     def _read(self) -> tuple[dict[str, Any], bytes]:
         if _STATE not in self._vault.names():
@@ -160,7 +163,7 @@ class SumFolder:
 
     def read(self) -> KeptSum | None:
         """Return what is kept; None: nothing that this box can go on with."""
-        about, _ = self._read()
+        about, answer = self._read()
         document: Any = about.get("sum")
         if document is None:
             return None
@@ -180,7 +183,7 @@ class SumFolder:
                 job=Job.from_json(document["job"]),
                 steps=KeptSession.from_bytes(document["steps"].encode()),
                 summand=Summand.from_bytes(self._vault.read(_VALUES)) if _VALUES in names else None,
-                answered=self.last_answer(),
+                answered=_answered(about, answer),
             )
         except (FedpeftError, ValueError, KeyError, TypeError):
             return None  # likewise

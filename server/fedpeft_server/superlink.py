@@ -6,9 +6,7 @@ message store directly, and the server's app is called in this process.
 """
 
 import contextlib
-import fcntl
 import math
-import os
 import sqlite3
 import ssl
 import threading
@@ -16,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import (
@@ -56,6 +54,7 @@ from fedpeft_server.pki import Authority
 from fedpeft_server.public_door import PublicDoor
 from fedpeft_server.redelivery import offer_again
 from fedpeft_server.rotation import renew_clinic
+from fedpeft_server.server_lock import only_server
 from fedpeft_server.sticks.post import StickPost
 from fedpeft_server.sticks.route import StickRoute
 from fedpeft_server.wire_meter import WireMeter, metered_protocol
@@ -131,7 +130,7 @@ class SuperLink:
         with contextlib.ExitStack() as opened:
             bound = bind(self._settings.host, self._settings.port)
             opened.callback(bound.close)
-            opened.enter_context(_only_server(self._settings.directory))
+            opened.enter_context(only_server(self._settings.directory))
             store = database(self._settings.directory)
             require_sound(store)
             app = create_app(flower_config(store), SuperLinkLifespan)
@@ -372,28 +371,6 @@ def _tls(authority: Authority) -> ssl.SSLContext:
             f"({error.reason}): make them anew with `fedpeft-server rotate`, or put both files of "
             "the hospital's CA there"
         ) from error
-
-
-@contextlib.contextmanager
-def _only_server(directory: Path):
-    """Hold the directory, so that a second server cannot end this one's run."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(directory / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StorageError(
-            f"the server's directory {directory} cannot be used ({error.strerror}): "
-            "check that it belongs to you and that the disk has space"
-        ) from error
-    lock: IO[bytes] = os.fdopen(descriptor, "r+b")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another fedpeft-server is running on {directory}: stop it first"
-            ) from error
-        yield
 
 
 def _started_task(state: LinkState, run_id: int) -> int:

@@ -111,11 +111,10 @@ class Workshop:
         from fedpeft.gguf_format import read_header
 
         try:
-            header = read_header(path)
-            sound = _has_digest(path)
+            header = read_header(path) if _has_digest(path) else None
         except ModelError:
-            sound, header = False, None
-        if not sound or header is None:
+            header = None
+        if header is None:
             self.tell(f"{path} is damaged and is made anew")
             return False
         return owner is None or header.fingerprint == owner

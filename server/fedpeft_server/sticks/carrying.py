@@ -1,6 +1,5 @@
 """Questions out to files, and answers in from files, beside a server that may be running."""
 
-import fcntl
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from fedpeft.errors import EnrolmentError, StickRefused, StorageError
 from fedpeft.protocol import KINDS
 from fedpeft.protocol.stick_file import ReadFile, StickFile, read_stick_file
 from fedpeft.sealing import PublicIdentity
-from fedpeft.storage import explained, write_atomically
+from fedpeft.storage import write_atomically
 from fedpeft_server.enrolled_clinic import Clinic
 from fedpeft_server.enrolment import Enrolments
+from fedpeft_server.server_lock import server_runs
 from fedpeft_server.sticks.post import StickPost
 
 _SLACK_BYTES = 1 << 20
@@ -32,7 +32,7 @@ class Carrying:
     def __init__(self, state: Path, enrolments: Enrolments) -> None:
         self._post = StickPost(state)
         self._enrolments = enrolments
-        self._running = _server_runs(state)
+        self._running = server_runs(state)
 
     def export(self, names: Collection[str], folder: Path) -> list[tuple[StickFile, Path]]:
         """Write into ``folder`` one file for each clinic for which a question waits.
@@ -109,16 +109,3 @@ class Carrying:
 
     def _members(self) -> dict[str, Clinic]:
         return {each.name: each for each in self._enrolments.members()}
-
-
-def _server_runs(state: Path) -> bool:
-    """Say whether a server holds the directory."""
-    path = state / "server.lock"
-    if not path.exists():
-        return False
-    with explained("open", path), path.open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
