@@ -131,7 +131,7 @@ def _peak_mb() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    from fedpeft_server.run_directory import peak_rss_mb
+    from fedpeft_server.runs.directory import peak_rss_mb
 
     return round(peak_rss_mb())
 

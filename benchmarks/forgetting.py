@@ -59,7 +59,7 @@ def _measured(options: argparse.Namespace, folder: Path, rate: float) -> dict[st
     from fedpeft.evaluation import score
     from fedpeft.models import Workbench, initial_state
     from fedpeft.training import Place, train
-    from fedpeft_client.examination import Examiner
+    from fedpeft_client.versions.examination import Examiner
 
     model = Workbench().adapted(
         options.model, AdapterSettings(), quantization="none", dtype="float32"

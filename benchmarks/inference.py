@@ -159,9 +159,9 @@ def _arrive(directory: Path, number: int, model: Path) -> None:
     from fedpeft.adapters import AdapterState
     from fedpeft.config import AdapterSettings
     from fedpeft.models import adapter_schema
-    from fedpeft_client.acceptance import Verdict
-    from fedpeft_client.adapter_store import AdapterStore
-    from fedpeft_client.adapter_version import Arrival
+    from fedpeft_client.versions.acceptance import Verdict
+    from fedpeft_client.versions.store import AdapterStore
+    from fedpeft_client.versions.version import Arrival
 
     lora = AdapterSettings(rank=8, alpha=16.0)
     schema = adapter_schema(model, lora)

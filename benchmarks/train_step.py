@@ -95,7 +95,7 @@ def _ratio(turns: list[dict[str, dict[str, float]]], name: str) -> float:
 def _measure(options: argparse.Namespace) -> dict[str, float]:
     from fedpeft.data import encode, read_records
     from fedpeft.models import load_tokenizer
-    from fedpeft_server.run_directory import peak_rss_mb
+    from fedpeft_server.runs.directory import peak_rss_mb
 
     tokenizer = load_tokenizer(options.model)
     encoded = encode(read_records(options.data), tokenizer, max_length=options.max_length)

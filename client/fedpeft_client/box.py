@@ -35,15 +35,15 @@ from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import Protection, load_identity, protection_from
 from fedpeft.sealing.public_file import load_public_identity
 from fedpeft.sealing.words import federation_words
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.clinic import Clinic, Membership, clinic_of
-from fedpeft_client.enrolment import CA_FILE, IDENTITY_FILE, KEY_FILE, SERVER_IDENTITY_FILE
-from fedpeft_client.fleet import read_ca
-from fedpeft_client.peers import PeerBook
-from fedpeft_client.refusals import RefusalFile
+from fedpeft_client.keys.enrolment import CA_FILE, IDENTITY_FILE, KEY_FILE, SERVER_IDENTITY_FILE
+from fedpeft_client.keys.peers import PeerBook
+from fedpeft_client.limits.refusals import RefusalFile
+from fedpeft_client.limits.traffic import TrafficMeter
+from fedpeft_client.link.fleet import read_ca
+from fedpeft_client.reports.status import StatusFile
+from fedpeft_client.rounds.clinic import Clinic, Membership, clinic_of
 from fedpeft_client.settings import CONFIG_FILE, ClientSettings
-from fedpeft_client.status import StatusFile
-from fedpeft_client.traffic import TrafficMeter
+from fedpeft_client.versions.store import AdapterStore
 
 AUDIT_FOLDER = "audit"
 

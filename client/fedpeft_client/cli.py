@@ -64,8 +64,8 @@ def join(
     from fedpeft.config import KeySettings, parse_settings
     from fedpeft.sealing.keyfile import protection_from
     from fedpeft.sealing.words import same_words
-    from fedpeft_client.enrolment import IDENTITY_FILE, read_invitation
-    from fedpeft_client.enrolment import join as enrol
+    from fedpeft_client.keys.enrolment import IDENTITY_FILE, read_invitation
+    from fedpeft_client.keys.enrolment import join as enrol
     from fedpeft_client.settings import (
         CONFIG_FILE,
         BoxModelSettings,
@@ -129,7 +129,7 @@ def check(directory: BoxDirectory = Path()) -> None:
     Reads everything, writes nothing, and sends the server one request without content.
     """
     from fedpeft_client.box import open_box
-    from fedpeft_client.check import check as findings
+    from fedpeft_client.reports.check import check as findings
 
     failed = False
     for finding in findings(open_box(directory), partial(ask_passphrase, confirm=False)):
@@ -169,7 +169,7 @@ def status(directory: BoxDirectory = Path()) -> None:
     Reads DIR; writes and sends nothing.
     """
     from fedpeft_client.box import open_box
-    from fedpeft_client.status import status_lines
+    from fedpeft_client.reports.status import status_lines
 
     for line in status_lines(open_box(directory)):
         typer.echo(line)
@@ -206,7 +206,12 @@ def show(
     """
     from fedpeft.privacy.ledger import ledger_exists
     from fedpeft_client.box import open_box
-    from fedpeft_client.ledger_view import DatasetReport, ledger_reports, report_json, report_lines
+    from fedpeft_client.reports.ledger_view import (
+        DatasetReport,
+        ledger_reports,
+        report_json,
+        report_lines,
+    )
 
     box = open_box(directory)
     reports: list[DatasetReport] = []
@@ -269,17 +274,17 @@ def start(directory: BoxDirectory = Path()) -> None:
     """
     stop = threading.Event()
     _stop_on_signals(stop)
-    from fedpeft_client.app import ClinicDesk, build_client_app
     from fedpeft_client.box import open_box
     from fedpeft_client.box_lock import only_program
-    from fedpeft_client.connection import ConnectionSettings, Event, serve
-    from fedpeft_client.key_life import expiry_warnings
-    from fedpeft_client.live_clinic import LiveClinic
-    from fedpeft_client.narration import narrate_events, narrate_steps
-    from fedpeft_client.processors import bound_processors
-    from fedpeft_client.standing import KeptStanding
+    from fedpeft_client.keys.key_life import expiry_warnings
+    from fedpeft_client.limits.processors import bound_processors
+    from fedpeft_client.link.connection import ConnectionSettings, Event, serve
+    from fedpeft_client.link.standing import KeptStanding
+    from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+    from fedpeft_client.rounds.live_clinic import LiveClinic
+    from fedpeft_client.rounds.narration import narrate_events, narrate_steps
+    from fedpeft_client.rounds.work import ClinicWork
     from fedpeft_client.trail import BoxTrail, unlocking
-    from fedpeft_client.work import ClinicWork
 
     box = open_box(directory)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

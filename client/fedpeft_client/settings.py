@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from fedpeft.config import LARGEST_DELTA, Adversary, ComputeDtype, KeySettings, Name, Settings
-from fedpeft_client.working_hours import checked_window
+from fedpeft_client.limits.working_hours import checked_window
 
 CONFIG_FILE = "client.toml"
 Method = Literal["lora", "personal", "base-change"]

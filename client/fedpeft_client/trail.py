@@ -20,10 +20,10 @@ from fedpeft.protocol.facts import claimed_context, message_facts, place_facts
 from fedpeft.sealing import SERVER, Context
 from fedpeft.storage import explained
 from fedpeft_client.box import AUDIT_FOLDER
-from fedpeft_client.clinic import Clinic
+from fedpeft_client.rounds.clinic import Clinic
 
 if TYPE_CHECKING:
-    from fedpeft_client.learning import Trained
+    from fedpeft_client.rounds.learning import Trained
 
 
 class Trail:

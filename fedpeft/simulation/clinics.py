@@ -6,7 +6,7 @@ from pathlib import Path
 from fedpeft.config import FederationSettings
 from fedpeft.errors import ConfigError
 from fedpeft.sealing import Identity, PublicIdentity
-from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.rounds.clinic import Clinic, Membership
 from fedpeft_client.settings import (
     BudgetSettings,
     ConfidentialitySettings,

@@ -14,13 +14,13 @@ from rich.progress import (
 
 from fedpeft.console import people
 from fedpeft.training import StepDone
-from fedpeft_server.narration import (
+from fedpeft_server.rounds.narration import (
     doing_of,
     failure_sentences,
     privacy_sentences,
     round_sentence,
 )
-from fedpeft_server.run_directory import RoundRecord
+from fedpeft_server.runs.directory import RoundRecord
 
 
 class Stage:

@@ -21,8 +21,8 @@ from fedpeft.models import fingerprint
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.enrolment import Enrolment, join
+from fedpeft_client.keys.enrolment import Enrolment, join
+from fedpeft_client.rounds.clinic import Clinic
 from fedpeft_client.settings import (
     CONFIG_FILE,
     BoxModelSettings,
@@ -31,11 +31,11 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
-from fedpeft_server.app import build_server_app
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.pki import create_authority
-from fedpeft_server.rounds import Federation
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.rounds.loop import Federation
+from fedpeft_server.site.pki import create_authority
 
 _HOST = "127.0.0.1"
 _CONNECT_S_PER_CLINIC = 60.0

@@ -19,12 +19,12 @@ from fedpeft.flower_pin import quiet_flower_log
 from fedpeft.sealing import PublicIdentity
 from fedpeft.simulation.wire import through_the_wire
 from fedpeft.training import Observer
-from fedpeft_client.app import ERROR_CODE, ClinicDesk, build_client_app
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.work import ClinicWork
-from fedpeft_server.app import build_server_app
-from fedpeft_server.rounds import Federation
-from fedpeft_server.wire_meter import WireMeter
+from fedpeft_client.rounds.app import ERROR_CODE, ClinicDesk, build_client_app
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import ClinicWork
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.link.wire_meter import WireMeter
+from fedpeft_server.rounds.loop import Federation
 
 _FIRST_NODE = 1000
 

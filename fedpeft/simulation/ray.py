@@ -20,11 +20,11 @@ from fedpeft.flower_pin import quiet_flower_log, require_pinned_flower
 from fedpeft.protocol import EVALUATE, TRAIN
 from fedpeft.sealing import PublicIdentity
 from fedpeft.simulation.wire import wire_bytes
-from fedpeft_client.app import ClinicDesk, Handler
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.work import ClinicWork
-from fedpeft_server.rounds import Federation
-from fedpeft_server.wire_meter import WireMeter
+from fedpeft_client.rounds.app import ClinicDesk, Handler
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import ClinicWork
+from fedpeft_server.link.wire_meter import WireMeter
+from fedpeft_server.rounds.loop import Federation
 
 _WHICH_CLINIC = "query.clinic"
 CPUS_PER_CLINIC = 1

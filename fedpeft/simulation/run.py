@@ -12,9 +12,9 @@ from fedpeft.sealing import Identity
 from fedpeft.simulation.clinics import simulated_clinics
 from fedpeft.simulation.local import run_local
 from fedpeft.training import Observer
-from fedpeft_client.clinic import Clinic
-from fedpeft_server.rounds import Federation, Watcher
-from fedpeft_server.run_directory import RunDirectory
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_server.rounds.loop import Federation, Watcher
+from fedpeft_server.runs.directory import RunDirectory
 from fedpeft_strategies import build_strategy
 
 Engine = Literal["local", "flower", "ray"]

@@ -12,9 +12,8 @@ import typer
 from fedpeft.console import Program
 from fedpeft.errors import ConfigError, StorageError
 from fedpeft.watchdog import supervised
-from fedpeft_server import audit_log_command
-from fedpeft_server.backup import command as backup_command
-from fedpeft_server.round_command import admission_commands, round_commands
+from fedpeft_server.commands import audit_log, backup
+from fedpeft_server.commands.round import admission_commands, round_commands
 
 program = Program(
     "fedpeft-server",
@@ -42,7 +41,7 @@ def init(
     Reads the key file if there is one; writes DIR; sends nothing.
     """
     from fedpeft.config import KeySettings, parse_settings
-    from fedpeft_server.site import create_site
+    from fedpeft_server.site.directory import create_site
 
     chosen = {"passphrase": passphrase, "key_file": key_file and key_file.absolute()}
     keys = parse_settings(KeySettings, chosen, [], where="the command line")
@@ -65,7 +64,7 @@ def invite(
 
     Reads and writes DIR/state; writes the invitation file (mode 600); sends nothing.
     """
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
 
     target = out or Path(f"{name}.invitation.json")
     if target.exists():
@@ -88,7 +87,7 @@ def fingerprint(
 
     Reads DIR; writes and sends nothing.
     """
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
 
     typer.echo(open_site(directory).words())
 
@@ -101,9 +100,9 @@ def clinics(
 
     Reads DIR/state; writes and sends nothing.
     """
-    from fedpeft_server.expiry import expiry_warnings
-    from fedpeft_server.roster import roster
-    from fedpeft_server.site import open_site
+    from fedpeft_server.enrolments.roster import roster
+    from fedpeft_server.site.directory import open_site
+    from fedpeft_server.site.expiry import expiry_warnings
 
     site = open_site(directory)
     enrolments = site.enrolments()
@@ -122,7 +121,7 @@ def remove(
 
     Reads and writes DIR/state; sends nothing.
     """
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
 
     open_site(directory).enrolments().remove(name)
     program.say(f"removed {name}; a box that should come back needs a new invitation")
@@ -137,7 +136,7 @@ def revoke(
 
     Reads and writes DIR/state; sends nothing.
     """
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
 
     open_site(directory).enrolments().revoke(name)
     program.say(
@@ -159,8 +158,8 @@ def rotate(
     by themselves when the server is started with it. Reads and writes DIR/keys; sends
     nothing.
     """
-    from fedpeft_server.pki import renew_server_certificate
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
+    from fedpeft_server.site.pki import renew_server_certificate
 
     site = open_site(directory)
     if site.authority.issued is None:
@@ -195,7 +194,7 @@ def start(
     and the results; sends clinics the job and the adapter.
     """
     from fedpeft_server.service import serve_federation
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
@@ -217,9 +216,9 @@ def _seconds(text: str) -> float:
     return int(match[1]) * _UNITS_S[match[2]]
 
 
-for command in (backup_command.backup, backup_command.restore, backup_command.verify):
+for command in (backup.backup, backup.restore, backup.verify):
     program.app.command()(command)
-program.app.add_typer(audit_log_command.app, name="audit-log")
+program.app.add_typer(audit_log.app, name="audit-log")
 program.app.add_typer(round_commands(program), name="round")
 program.app.add_typer(admission_commands(program))
 

@@ -9,14 +9,14 @@ from fedpeft.errors import ConfigError
 from fedpeft.models import adapter_schema
 from fedpeft.protocol import KINDS
 from fedpeft.secagg import STAGES
-from fedpeft_server.app import build_server_app
-from fedpeft_server.expiry import expiry_warnings
-from fedpeft_server.narration import Narration
-from fedpeft_server.rounds import Federation
-from fedpeft_server.run_directory import RunDirectory
-from fedpeft_server.site import Site
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.rounds.loop import Federation
+from fedpeft_server.rounds.narration import Narration
+from fedpeft_server.runs.directory import RunDirectory
+from fedpeft_server.site.directory import Site
+from fedpeft_server.site.expiry import expiry_warnings
 from fedpeft_server.sticks.post import StickPost
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
 from fedpeft_server.trail import RecordedLink, Trail
 from fedpeft_strategies import build_strategy
 

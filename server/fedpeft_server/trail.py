@@ -19,8 +19,8 @@ from fedpeft.errors import FedpeftError
 from fedpeft.privacy.ledger_chain import Anchor
 from fedpeft.protocol.facts import claimed_context, message_facts
 from fedpeft.sealing import Context, Identity, PublicIdentity, clinic_role
-from fedpeft_server.link import Link
-from fedpeft_server.wire_meter import WireMeter
+from fedpeft_server.link.link import Link
+from fedpeft_server.link.wire_meter import WireMeter
 
 
 class Trail:

@@ -8,9 +8,6 @@ import torch
 from fedpeft.adapters import AdapterState, save_adapter
 from fedpeft.config import AdapterSettings
 from fedpeft.models import adapter_schema, resolve_base
-from fedpeft_client.acceptance import Verdict
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.adapter_version import Arrival, Version
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -19,6 +16,9 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
+from fedpeft_client.versions.acceptance import Verdict
+from fedpeft_client.versions.store import AdapterStore
+from fedpeft_client.versions.version import Arrival, Version
 
 EMBEDDED = resolve_base("embedded", relative_to=Path())
 LORA = AdapterSettings(rank=4, alpha=8.0)

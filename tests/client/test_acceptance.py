@@ -17,17 +17,18 @@ from fedpeft.models import AdaptedModel, adapter_schema, fingerprint, initial_st
 from fedpeft.protocol import Job, RankTerms, SumTerms
 from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
-from fedpeft_client import examination, general
-from fedpeft_client.acceptance import Losses, judge
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client import general
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.work import Assignment, ClinicWork
 from fedpeft_client.settings import (
     AcceptanceSettings,
     BudgetSettings,
     DataSettings,
     LimitSettings,
 )
-from fedpeft_client.work import Assignment, ClinicWork
+from fedpeft_client.versions import examination
+from fedpeft_client.versions.acceptance import Losses, judge
+from fedpeft_client.versions.store import AdapterStore
 
 RULE = AcceptanceSettings(max_forgetting=0.1)
 LORA = AdapterSettings(rank=4, alpha=8.0)

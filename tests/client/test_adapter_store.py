@@ -15,11 +15,11 @@ from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec, load_adapt
 from fedpeft.adapters.peft_directory import WEIGHTS_FILE
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import AdapterError, StorageError, UnknownAdapter
-from fedpeft_client.acceptance import Verdict
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.adapter_version import Arrival, Version
 from fedpeft_client.folder_lock import locked
 from fedpeft_client.settings import StoreSettings
+from fedpeft_client.versions.acceptance import Verdict
+from fedpeft_client.versions.store import AdapterStore
+from fedpeft_client.versions.version import Arrival, Version
 
 SCHEMA = AdapterSchema(
     (

@@ -11,10 +11,6 @@ from typer.testing import CliRunner
 from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import AdapterError, UnknownAdapter
-from fedpeft_client.acceptance import Losses, Verdict
-from fedpeft_client.adapter_status import adapter_line
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.adapter_version import Arrival
 from fedpeft_client.box import open_box
 from fedpeft_client.commands import adapters as commands
 from fedpeft_client.settings import (
@@ -25,6 +21,10 @@ from fedpeft_client.settings import (
     StoreSettings,
     settings_toml,
 )
+from fedpeft_client.versions.acceptance import Losses, Verdict
+from fedpeft_client.versions.status_line import adapter_line
+from fedpeft_client.versions.store import AdapterStore
+from fedpeft_client.versions.version import Arrival
 
 SCHEMA = AdapterSchema(
     (

@@ -44,15 +44,15 @@ from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
 from fedpeft.sealing import SERVER, Identity, clinic_role, open_sealed, seal, seal_broadcast
 from fedpeft.sealing import Context as Sealing
 from fedpeft.training import Observer, Place, train
-from fedpeft_client.app import ClinicDesk, build_client_app
-from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.work import ClinicWork
 from fedpeft_client.settings import (
     BudgetSettings,
     ConfidentialitySettings,
     DataSettings,
     LimitSettings,
 )
-from fedpeft_client.work import ClinicWork
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 TEXT, PATIENT = "Zyxomira Canarytext", "CANARY-PATIENT-77"
@@ -291,7 +291,7 @@ def test_a_refusal_tells_the_server_its_reason_and_nothing_else(
     assert reply.message.has_error()
     assert not reply.message.has_content()
     assert reply.reason == reason
-    told = [record for record in caplog.records if record.name == "fedpeft_client.app"]
+    told = [record for record in caplog.records if record.name == "fedpeft_client.rounds.app"]
     assert len(told) == 1
     assert "north: " in told[0].getMessage()
     assert_no_canary(caplog, reply)

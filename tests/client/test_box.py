@@ -10,9 +10,9 @@ from fedpeft.errors import EnrolmentError, KeyLocked, SealingError, StorageError
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.keyfile import Protection, save_identity
 from fedpeft_client.box import Box, open_box
-from fedpeft_client.check import check
 from fedpeft_client.cli import program
-from fedpeft_client.peers import key_fingerprint
+from fedpeft_client.keys.peers import key_fingerprint
+from fedpeft_client.reports.check import check
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,

@@ -15,15 +15,13 @@ from fedpeft.adapters import AdapterState
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import DataError, FedpeftError, PromptTooLong, StorageError, UnknownAdapter
 from fedpeft.models import adapter_schema
-from fedpeft_client.acceptance import Verdict
-from fedpeft_client.adapter_version import Arrival
-from fedpeft_client.answer_batch import AnswerFile, Asking, answers
 from fedpeft_client.box import Box, open_box
 from fedpeft_client.commands import chat as commands
-from fedpeft_client.conversation import Conversation, Terminal
+from fedpeft_client.inference.answer_batch import AnswerFile, Asking, answers
+from fedpeft_client.inference.conversation import Conversation, Terminal
 from fedpeft_client.inference.engine import Engine, Sampling
 from fedpeft_client.inference.opening import open_engine
-from fedpeft_client.questions import Question, question_of, read_questions
+from fedpeft_client.inference.questions import Question, question_of, read_questions
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -32,6 +30,8 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
+from fedpeft_client.versions.acceptance import Verdict
+from fedpeft_client.versions.version import Arrival
 
 SHORT = Sampling(max_tokens=8)
 SECRET = "Zebra 4711"

@@ -24,18 +24,18 @@ from fedpeft.protocol.sums import GRID_BITS, grid_limit
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.training import StepDone
 from fedpeft_client import vault as vault_module
-from fedpeft_client.checkpoints import ANSWER
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.learning import Trained
+from fedpeft_client.rounds.checkpoints import ANSWER
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.learning import Trained
+from fedpeft_client.rounds.work import Assignment, ClinicWork
 from fedpeft_client.settings import (
     BudgetSettings,
     CheckpointSettings,
     DataSettings,
     LimitSettings,
 )
-from fedpeft_client.summing import SecureSums
+from fedpeft_client.sums.summing import SecureSums
 from fedpeft_client.vault import Vault
-from fedpeft_client.work import Assignment, ClinicWork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 LORA = AdapterSettings(rank=2, alpha=4.0, dropout=0.1)
@@ -56,7 +56,7 @@ class Stop(Exception):
 @pytest.fixture(autouse=True)
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let checkpoints be made at each step, however long they take."""
-    monkeypatch.setattr("fedpeft_client.checkpoints._REST", 0.0)
+    monkeypatch.setattr("fedpeft_client.rounds.checkpoints._REST", 0.0)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def stopped(clinic: Clinic, kind: str, step: int = 3, **changes: Any) -> Clinic:
     """Let a round be stopped after ``step``, or, having one only, before its result is out."""
     if kind == "shared":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedpeft_client.learning.wrapped", stop_after_the_sum)
+            patch.setattr("fedpeft_client.rounds.learning.wrapped", stop_after_the_sum)
             with pytest.raises(Stop):
                 train(clinic, kind, **changes)
     else:
@@ -567,9 +567,9 @@ def test_training_is_not_slowed_by_more_than_two_percent(
     clinic: Clinic, monkeypatch: pytest.MonkeyPatch
 ):
     """A checkpoint that took a second is followed by 49 seconds of training."""
-    monkeypatch.setattr("fedpeft_client.checkpoints._REST", 49.0)
+    monkeypatch.setattr("fedpeft_client.rounds.checkpoints._REST", 49.0)
     clock = [0.0]
-    monkeypatch.setattr("fedpeft_client.checkpoints.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fedpeft_client.rounds.checkpoints.time.monotonic", lambda: clock[0])
     written: list[float] = []
 
     def slow(_vault: Any, _name: str, _data: bytes) -> None:

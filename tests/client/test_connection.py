@@ -26,13 +26,13 @@ from fedpeft.errors import (
 )
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.keyfile import Protection
-from fedpeft_client.answering import describe
-from fedpeft_client.connection import ConnectionSettings, Event, serve
-from fedpeft_client.enrolment import join
-from fedpeft_client.reachability import probe
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.pki import create_authority
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_client.keys.enrolment import join
+from fedpeft_client.link.connection import ConnectionSettings, Event, serve
+from fedpeft_client.link.reachability import probe
+from fedpeft_client.rounds.answering import describe
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.pki import create_authority
 
 HOUR_S = 3600.0
 BASE = "f" * 64

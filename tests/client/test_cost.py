@@ -14,8 +14,14 @@ from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
 from fedpeft.protocol import Job, RankTerms, SumTerms
 from fedpeft.sealing import Identity
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.cost import Cost, cost_of, require_losses_allowed, require_noise_fits, steps_of
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.cost import (
+    Cost,
+    cost_of,
+    require_losses_allowed,
+    require_noise_fits,
+    steps_of,
+)
 from fedpeft_client.settings import BudgetSettings, DataSettings
 
 COORDINATES = 4096

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.audit_log import AuditLog, Choice, Entry, Value, all_lines, entries_in, verify
-from fedpeft_client.disclosures import (
+from fedpeft_client.reports.disclosures import (
     JOINING,
     REASON_WORDS,
     WORDS,
@@ -18,7 +18,7 @@ from fedpeft_client.disclosures import (
     report_of,
     size_text,
 )
-from fedpeft_client.disclosures_page import Heading, page
+from fedpeft_client.reports.disclosures_page import Heading, page
 
 HEADING = Heading(
     clinic="northfield", federation="heart", server="ab12", period="2026 to now", made="today"

@@ -18,15 +18,15 @@ from fedpeft.errors import (
 )
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import Protection, load_identity
-from fedpeft_client import enrolment as enrolment_module
 from fedpeft_client.cli import program
-from fedpeft_client.enrolment import Enrolment, read_invitation
-from fedpeft_client.fleet import load_key
-from fedpeft_client.key_life import keys_expire
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.pki import create_authority
-from fedpeft_server.rate_limit import EnrolmentLimit
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_client.keys import enrolment as enrolment_module
+from fedpeft_client.keys.enrolment import Enrolment, read_invitation
+from fedpeft_client.keys.key_life import keys_expire
+from fedpeft_client.link.fleet import load_key
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.enrolments.rate_limit import EnrolmentLimit
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.pki import create_authority
 
 HOUR_S = 3600.0
 BASE = "f" * 64

@@ -29,9 +29,6 @@ from fedpeft.errors import (
 from fedpeft.gguf_format import Quantisation, write_base
 from fedpeft.models import adapter_schema
 from fedpeft.sealing.identity import Identity
-from fedpeft_client.acceptance import Verdict
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.adapter_version import Arrival
 from fedpeft_client.commands.export import app
 from fedpeft_client.export import as_onnx, folder
 from fedpeft_client.export.exporting import export
@@ -46,6 +43,9 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
+from fedpeft_client.versions.acceptance import Verdict
+from fedpeft_client.versions.store import AdapterStore
+from fedpeft_client.versions.version import Arrival
 
 # peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

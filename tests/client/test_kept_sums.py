@@ -12,11 +12,11 @@ from fedpeft.protocol.sums import from_fixed_point
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.secagg import STAGES
 from fedpeft.secagg.messages import Inbox, Roster, Survivors, Unmasking
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.kept_sum import SumFolder
-from fedpeft_client.opened_sums import OpenedSums
+from fedpeft_client.rounds.clinic import Clinic, Membership
 from fedpeft_client.settings import ConfidentialitySettings, DataSettings
-from fedpeft_client.summing import SecureSums
+from fedpeft_client.sums.kept_sum import SumFolder
+from fedpeft_client.sums.opened_sums import OpenedSums
+from fedpeft_client.sums.summing import SecureSums
 from tests.client.test_summing import IDENTITIES, OWNER, SCHEMA, World, rows_of, trained, update_of
 
 RANKS: dict[str, int] = {"c0": 4, "c1": 4, "c2": 4, "c3": 4}
@@ -227,7 +227,7 @@ def test_a_sum_that_was_opened_is_not_begun_again_after_a_restart(tmp_path: Path
 def test_a_kill_right_after_the_last_step_does_not_lose_that(tmp_path: Path):
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from fedpeft_client.opened_sums import OpenedSums\n"
+        "from fedpeft_client.sums.opened_sums import OpenedSums\n"
         "OpenedSums(Path(sys.argv[1])).note(7, 'train', 3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -27,11 +27,11 @@ from fedpeft.protocol.sums import GRID_BITS, INTEGERS, grid_limit, model_digest,
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.secagg import STAGES, Aggregation, Quantiser, Session, State, Terms
 from fedpeft.training import StepDone
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.learning import Trained
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.learning import Trained
+from fedpeft_client.rounds.work import Assignment, ClinicWork
 from fedpeft_client.settings import BudgetSettings, DataSettings
-from fedpeft_client.summing import SecureSums, _summand
-from fedpeft_client.work import Assignment, ClinicWork
+from fedpeft_client.sums.summing import SecureSums, _summand
 
 LORA = AdapterSettings(rank=2, alpha=4.0)
 STEPS, CLINICS = 4, 4

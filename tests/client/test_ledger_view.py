@@ -10,7 +10,7 @@ import pytest
 from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
 from fedpeft.privacy.ledger import Law, Ledger, RoundEntry
-from fedpeft_client.ledger_view import ledger_reports, report_json, report_lines
+from fedpeft_client.reports.ledger_view import ledger_reports, report_json, report_lines
 
 STEP = Charge(noise="gaussian", sampling_rate=0.02, noise_multiplier=1.0)
 DELTA = 1e-5

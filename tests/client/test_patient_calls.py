@@ -10,7 +10,7 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedpeft_client.patient_calls import MessageLost, PatientCalls, Rejected, RunEnded, Stopped
+from fedpeft_client.link.patient_calls import MessageLost, PatientCalls, Rejected, RunEnded, Stopped
 
 KEY = ec.generate_private_key(ec.SECP384R1())
 REQUEST = httpx.Request("POST", "https://localhost:1/v1/fleet/pull-messages")

@@ -15,7 +15,7 @@ from fedpeft.errors import (
 )
 from fedpeft.sealing import Identity, clinic_role
 from fedpeft.sealing.succession import MOST_LINKS, Link, Succession, newest_key
-from fedpeft_client.peers import Follow, Met, PeerBook, key_fingerprint
+from fedpeft_client.keys.peers import Follow, Met, PeerBook, key_fingerprint
 
 ANNA, BERT, CARL, OTHER = (bytes([number]) * 32 for number in range(1, 5))
 

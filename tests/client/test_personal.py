@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec
 from fedpeft.errors import StorageError
-from fedpeft_client.personal import PersonalStore
+from fedpeft_client.rounds.personal import PersonalStore
 
 SCHEMA = AdapterSchema(
     tuple(TensorSpec(f"m.{at}.lora_B.weight", (5, 3)) for at in range(2)), "a" * 64

@@ -34,10 +34,12 @@ from fedpeft.models import fingerprint
 from fedpeft.protocol import EVALUATE, TRAIN, Job, SumTerms
 from fedpeft.sealing import Identity
 from fedpeft.training import Place, StepDone
-from fedpeft_client.clinic import Clinic, Membership, clinic_of
-from fedpeft_client.memory import bounded_memory, least_bytes, require_memory
-from fedpeft_client.policy import require_allowed, within_hours
-from fedpeft_client.refusals import RefusalFile
+from fedpeft_client.limits.memory import bounded_memory, least_bytes, require_memory
+from fedpeft_client.limits.policy import require_allowed, within_hours
+from fedpeft_client.limits.refusals import RefusalFile
+from fedpeft_client.limits.traffic import TrafficMeter, read_day
+from fedpeft_client.limits.working_hours import is_open, next_opening, parse_window
+from fedpeft_client.rounds.clinic import Clinic, Membership, clinic_of
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -48,8 +50,6 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
-from fedpeft_client.traffic import TrafficMeter, read_day
-from fedpeft_client.working_hours import is_open, next_opening, parse_window
 
 OWN, SERVER = Identity.generate(), Identity.generate()
 MIB = 1 << 20
@@ -276,7 +276,7 @@ def test_the_least_that_is_needed_follows_the_job(clinic: Clinic):
 _GROWING = """
     import psutil, torch
     from fedpeft.errors import MemoryLimit
-    from fedpeft_client.memory import bounded_memory
+    from fedpeft_client.limits.memory import bounded_memory
     limit = psutil.Process().memory_info().rss // 2**20 + 64
     for ask in (lambda: torch.ones(2**26), lambda: bytearray(2**28)):
         try:
@@ -317,7 +317,7 @@ def test_other_errors_are_not_taken_for_the_limit():
 
 _THREADS = """
     import os, torch
-    from fedpeft_client.processors import bound_processors
+    from fedpeft_client.limits.processors import bound_processors
     bound_processors(1)
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(1) as pool:

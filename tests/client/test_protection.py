@@ -17,10 +17,10 @@ from fedpeft.privacy.ledger import Ledger
 from fedpeft.protocol import Job, SumTerms
 from fedpeft.protocol.privacy import ClinicPrivacy
 from fedpeft.sealing import Identity
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.cost import Cost
-from fedpeft_client.protection import Protection, Protector
-from fedpeft_client.records import ClinicRows
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.cost import Cost
+from fedpeft_client.rounds.protection import Protection, Protector
+from fedpeft_client.rounds.records import ClinicRows
 from fedpeft_client.settings import BudgetSettings, DataSettings
 
 COORDINATES, STEPS = 4096, 3

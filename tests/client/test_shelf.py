@@ -13,10 +13,10 @@ from fedpeft.protocol import ADAPTER, CONTENT_KEY, Payload
 from fedpeft.protocol.parcel import Held, Increment, change, whole
 from fedpeft.sealing import SERVER, Identity, clinic_role, seal_broadcast
 from fedpeft.sealing import Context as Sealing
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.mailbox import Request
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.mailbox import Request
+from fedpeft_client.rounds.shelf import Shelf
 from fedpeft_client.settings import DataSettings
-from fedpeft_client.shelf import Shelf
 
 SCHEMA = AdapterSchema(
     (TensorSpec("m.lora_A.weight", (2, 40)), TensorSpec("m.lora_B.weight", (30, 2))), "a" * 64

@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 
 from fedpeft.errors import StorageError
-from fedpeft_client.standing import STANDING_FILE, KeptStanding, Standing
+from fedpeft_client.link.standing import STANDING_FILE, KeptStanding, Standing
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 

@@ -13,9 +13,9 @@ import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedpeft_client.connection import ConnectionSettings
-from fedpeft_client.standing import STANDING_FILE, KeptStanding
-from fedpeft_server.superlink import SuperLink
+from fedpeft_client.link.connection import ConnectionSettings
+from fedpeft_client.link.standing import STANDING_FILE, KeptStanding
+from fedpeft_server.link.superlink import SuperLink
 from tests.client.test_connection import Federation, ask, blob, data_of, echo_app
 
 # A client that never answers.
@@ -23,8 +23,8 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 from flwr.clientapp import ClientApp
-from fedpeft_client.connection import ConnectionSettings, serve
-from fedpeft_client.standing import KeptStanding
+from fedpeft_client.link.connection import ConnectionSettings, serve
+from fedpeft_client.link.standing import KeptStanding
 
 def work(message, context):
     print("asked", flush=True)

@@ -17,11 +17,11 @@ from fedpeft.protocol.parcel import Held
 from fedpeft.protocol.sums import integers_of, levels_of, model_digest, weight_of_level
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role
 from fedpeft.secagg import STAGES, Aggregation, Quantiser, SecureSum, Session, State, Terms
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.learning import Trained
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.learning import Trained
+from fedpeft_client.rounds.work import Assignment, Measured
 from fedpeft_client.settings import ConfidentialitySettings, DataSettings
-from fedpeft_client.summing import SecureSums, _summand
-from fedpeft_client.work import Assignment, Measured
+from fedpeft_client.sums.summing import SecureSums, _summand
 
 RANK = 4
 SCHEMA = AdapterSchema(

@@ -17,14 +17,14 @@ from fedpeft.errors import BudgetSpent, DataError, KeyLocked, StorageError
 from fedpeft.protocol import Payload, carried, carry, raw
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role, seal
 from fedpeft.sealing.keyfile import Protection
-from fedpeft_client.clinic import Clinic, Membership
-from fedpeft_client.connection import ConnectionSettings, Event, serve
-from fedpeft_client.enrolment import join
+from fedpeft_client.keys.enrolment import join
+from fedpeft_client.link.connection import ConnectionSettings, Event, serve
+from fedpeft_client.rounds.clinic import Clinic, Membership
 from fedpeft_client.settings import DataSettings
 from fedpeft_client.trail import BoxTrail, joining, unlocking
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.pki import create_authority
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.pki import create_authority
 
 OWN, SITE = Identity.generate(), Identity.generate()
 CANARY = "mrs-example-takes-tablets"

@@ -36,9 +36,9 @@ from fedpeft.protocol import Job, RankTerms, SumTerms
 from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
 from fedpeft.training import StepDone
-from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.work import Assignment, ClinicWork
 from fedpeft_client.settings import DataSettings, LimitSettings
-from fedpeft_client.work import Assignment, ClinicWork
 
 RANK = 4
 LORA = AdapterSettings(rank=RANK, alpha=8.0)

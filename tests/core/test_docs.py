@@ -24,7 +24,7 @@ from fedpeft.adapters.schema import TensorSpec
 from fedpeft.config import FederationSettings
 from fedpeft.errors import INTERRUPTED_EXIT_CODE, FedpeftError
 from fedpeft_client.settings import ClientSettings
-from fedpeft_server.site import ListenSettings
+from fedpeft_server.site.directory import ListenSettings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

@@ -7,7 +7,7 @@ import pytest
 from fedpeft.errors import EnrolmentError
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.words import COUNT, WORDS, federation_words, same_words
-from fedpeft_server.pki import create_authority
+from fedpeft_server.site.pki import create_authority
 
 
 def nearly_alike(one: str, other: str) -> bool:

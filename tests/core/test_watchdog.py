@@ -174,7 +174,7 @@ def went_on(work: Callable[[], object]) -> bool:
 
 
 def test_a_server_that_looks_for_clinics_or_answers_comes_round():
-    from fedpeft_server.grid import FederationGrid
+    from fedpeft_server.link.grid import FederationGrid
 
     grid = FederationGrid(
         cast(Any, None),
@@ -189,7 +189,7 @@ def test_a_server_that_looks_for_clinics_or_answers_comes_round():
 
 
 def test_a_client_that_calls_the_server_comes_round():
-    from fedpeft_client.patient_calls import PatientCalls
+    from fedpeft_client.link.patient_calls import PatientCalls
 
     nobody = cast(Any, None)
     calls = PatientCalls(

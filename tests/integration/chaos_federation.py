@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from fedpeft.config import KeySettings
-from fedpeft_server.site import create_site, open_site
+from fedpeft_server.site.directory import create_site, open_site
 from tests.integration.chaos_proxy import BadLinks
 
 SERVER = "server"

@@ -23,8 +23,8 @@ _NEEDED = (
     "transformers.models.llama.modeling_llama",
     "fedpeft.privacy.ledger",
     "fedpeft_client.cli",
-    "fedpeft_client.live_clinic",
-    "fedpeft_client.work",
+    "fedpeft_client.rounds.live_clinic",
+    "fedpeft_client.rounds.work",
     "fedpeft_server.cli",
     "fedpeft_server.service",
 )

@@ -19,10 +19,10 @@ from fedpeft.protocol import Job, SumTerms
 from fedpeft.protocol.lineage_check import check_directory
 from fedpeft.protocol.parcel import Held
 from fedpeft_client.box import open_box
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.work import Assignment, ClinicWork
-from fedpeft_server.run_directory import RoundRecord
-from fedpeft_server.site import open_site
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import Assignment, ClinicWork
+from fedpeft_server.runs.directory import RoundRecord
+from fedpeft_server.site.directory import open_site
 from tests.integration.chaos_federation import (
     CANARY,
     CLINICS,

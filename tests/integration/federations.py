@@ -17,12 +17,12 @@ from fedpeft.sealing import Identity
 from fedpeft.simulation.clinics import simulated_clinics
 from fedpeft.simulation.local import LocalLink
 from fedpeft.simulation.run import Simulation, simulate
-from fedpeft_client.app import ClinicDesk, build_client_app
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.work import ClinicWork
-from fedpeft_server.app import build_server_app
-from fedpeft_server.rounds import Federation
-from fedpeft_server.run_directory import RoundRecord, RunDirectory
+from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import ClinicWork
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.rounds.loop import Federation
+from fedpeft_server.runs.directory import RoundRecord, RunDirectory
 from fedpeft_strategies import Aggregated, Fold, build_strategy
 
 MAX_LENGTH = 64

@@ -26,7 +26,7 @@ from fedpeft.protocol.lineage_check import check_directory
 from fedpeft_client.box import open_box
 from fedpeft_client.cli import program as client
 from fedpeft_server.cli import program as server
-from fedpeft_server.site import create_site, open_site
+from fedpeft_server.site.directory import create_site, open_site
 
 HEALTHY, BAD_ROWS, CRASHING, REFUSING = ("quay", "ridge"), "bay", "cape", "delta"
 NAMES = (*HEALTHY, BAD_ROWS, CRASHING, REFUSING)
@@ -44,7 +44,7 @@ _CLIENT = _DEBUG + "from fedpeft_client.cli import program\nprogram.run(sys.argv
 _CRASHING = (
     _DEBUG
     + """
-import fedpeft_client.learning as learning
+import fedpeft_client.rounds.learning as learning
 def train(model, examples, *rest):
     record = open(sys.argv.pop()).read()
     try:

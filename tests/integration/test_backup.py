@@ -8,7 +8,7 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from fedpeft_server.run_directory import RoundRecord
+from fedpeft_server.runs.directory import RoundRecord
 from tests.integration.towns import CLINICS, SERVER, Town, town
 
 ROUNDS = 6

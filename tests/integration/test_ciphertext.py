@@ -16,13 +16,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import fedpeft.simulation.flower
-import fedpeft_server.superlink
+import fedpeft_server.link.superlink
 from fedpeft.config import FederationSettings
 from fedpeft.simulation.plan import embedded_settings
 from fedpeft.simulation.run import Simulation, simulate
-from fedpeft_server.public_door import PublicDoor
-from fedpeft_server.run_directory import RoundRecord
-from fedpeft_server.superlink import SuperLinkSettings
+from fedpeft_server.link.public_door import PublicDoor
+from fedpeft_server.link.superlink import SuperLinkSettings
+from fedpeft_server.runs.directory import RoundRecord
 
 CANARY = "Canary-4711-Quokka"
 NAMES = ("c1", "c2", "c3")
@@ -235,7 +235,7 @@ def capture_run(root: Path, *overrides: str) -> Capture:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(root / "private"))
         patch.setattr(fedpeft.simulation.flower, "SuperLinkSettings", behind_a_proxy)
-        patch.setattr(fedpeft_server.superlink, "PublicDoor", door)
+        patch.setattr(fedpeft_server.link.superlink, "PublicDoor", door)
         try:
             simulate(Simulation(settings, root / "data", root / "out", "flower"), copies)
         finally:

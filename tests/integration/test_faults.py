@@ -18,12 +18,12 @@ from fedpeft.simulation.clinics import simulated_clinics
 from fedpeft.simulation.local import LocalLink
 from fedpeft.simulation.plan import embedded_settings, plan_simulation
 from fedpeft.simulation.run import simulate
-from fedpeft_client.app import ClinicDesk, build_client_app
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.work import Assignment, ClinicWork, Trained
-from fedpeft_server.app import build_server_app
-from fedpeft_server.rounds import Federation
-from fedpeft_server.run_directory import RoundRecord, RunDirectory
+from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import Assignment, ClinicWork, Trained
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.rounds.loop import Federation
+from fedpeft_server.runs.directory import RoundRecord, RunDirectory
 from fedpeft_strategies import build_strategy
 
 QUICK = ["training.local_steps=2", "rounds.count=2", "rounds.retries=1", "rounds.wait_s=1"]

@@ -15,13 +15,14 @@ from fedpeft.models import resolve_base
 from fedpeft.protocol.lineage_check import check_directory
 from fedpeft.sealing import PublicIdentity
 from fedpeft.sealing.keyfile import Protection
-from fedpeft_client.app import ClinicDesk, build_client_app
 from fedpeft_client.box import Box, open_box
-from fedpeft_client.connection import ConnectionSettings, Event, serve
-from fedpeft_client.enrolment import join
-from fedpeft_client.live_clinic import LiveClinic
-from fedpeft_client.peers import key_fingerprint
-from fedpeft_client.renewal import rotate_keys
+from fedpeft_client.keys.enrolment import join
+from fedpeft_client.keys.peers import key_fingerprint
+from fedpeft_client.keys.renewal import rotate_keys
+from fedpeft_client.link.connection import ConnectionSettings, Event, serve
+from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.live_clinic import LiveClinic
+from fedpeft_client.rounds.work import ClinicWork
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -31,10 +32,9 @@ from fedpeft_client.settings import (
     settings_toml,
 )
 from fedpeft_client.trail import BoxTrail
-from fedpeft_client.work import ClinicWork
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
 from fedpeft_server.service import serve_federation
-from fedpeft_server.site import Site, create_site, open_site
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.directory import Site, create_site, open_site
 
 NAMES = ("anna", "bert", "carl")
 ROUNDS = 2

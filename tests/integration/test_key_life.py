@@ -30,13 +30,11 @@ from fedpeft.sealing import Context, Identity, PublicIdentity, open_sealed, seal
 from fedpeft.sealing.context import SERVER, clinic_role
 from fedpeft.sealing.keyfile import Protection, load_identity
 from fedpeft.sealing.succession import Succession, newest
-from fedpeft_client import renewal
 from fedpeft_client.box import Box, open_box
 from fedpeft_client.cli import program as client
-from fedpeft_client.connection import ConnectionSettings, Event, serve
-from fedpeft_client.enrolment import join
-from fedpeft_client.fleet import read_ca
-from fedpeft_client.key_life import (
+from fedpeft_client.keys import renewal
+from fedpeft_client.keys.enrolment import join
+from fedpeft_client.keys.key_life import (
     Expiry,
     expiry_of,
     expiry_warnings,
@@ -45,10 +43,12 @@ from fedpeft_client.key_life import (
     keys_expire,
     renewal_in_progress,
 )
-from fedpeft_client.live_clinic import LiveClinic
-from fedpeft_client.mailbox import Mailbox
-from fedpeft_client.reachability import probe
-from fedpeft_client.renewal import follow_server, renew_key, rotate_keys
+from fedpeft_client.keys.renewal import follow_server, renew_key, rotate_keys
+from fedpeft_client.link.connection import ConnectionSettings, Event, serve
+from fedpeft_client.link.fleet import read_ca
+from fedpeft_client.link.reachability import probe
+from fedpeft_client.rounds.live_clinic import LiveClinic
+from fedpeft_client.rounds.mailbox import Mailbox
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -58,11 +58,12 @@ from fedpeft_client.settings import (
     settings_toml,
 )
 from fedpeft_client.vault import Vault
-from fedpeft_server import certificate_watch, expiry
-from fedpeft_server.channel import Channel, Letter
-from fedpeft_server.pki import renew_server_certificate
-from fedpeft_server.site import Site, create_site, open_site
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.link import certificate_watch
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.rounds.channel import Channel, Letter
+from fedpeft_server.site import expiry
+from fedpeft_server.site.directory import Site, create_site, open_site
+from fedpeft_server.site.pki import renew_server_certificate
 
 BASE = "f" * 64
 
@@ -629,7 +630,7 @@ def test_keys_and_certificates_are_warned_of_a_month_ahead(
     assert clinic.identity is not None
     shown = (clinic.public_key.replace("\n", "\r\n"), clinic.identity.to_text())
     enrolments.renew("anna", shown, (now - datetime.timedelta(days=701)).timestamp())
-    monkeypatch.setattr("fedpeft_server.pki.SERVER_VALIDITY_DAYS", 29)
+    monkeypatch.setattr("fedpeft_server.site.pki.SERVER_VALIDITY_DAYS", 29)
     renew_server_certificate(town.root / "site" / "keys", f"localhost:{town.port}")
     certificate, keys = expiry.expiry_warnings(town.site.authority, enrolments)
     assert "fedpeft-server rotate" in certificate

@@ -27,10 +27,10 @@ from fedpeft.protocol.parcel import Held
 from fedpeft.sealing import Identity
 from fedpeft.storage import write_atomically
 from fedpeft.training import Observer, StepDone
-from fedpeft_client.checkpoints import ANSWER
-from fedpeft_client.clinic import Clinic, Membership
+from fedpeft_client.rounds.checkpoints import ANSWER
+from fedpeft_client.rounds.clinic import Clinic, Membership
+from fedpeft_client.rounds.work import Assignment, ClinicWork
 from fedpeft_client.settings import CheckpointSettings, DataSettings, LimitSettings
-from fedpeft_client.work import Assignment, ClinicWork
 from tests.integration.federations import Boxes, Listener, federation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -157,7 +157,7 @@ def kill_itself(done: StepDone) -> None:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a quarter of the time go into checkpoints, so that kills meet their writing too."""
-    monkeypatch.setattr("fedpeft_client.checkpoints._REST", 3.0)
+    monkeypatch.setattr("fedpeft_client.rounds.checkpoints._REST", 3.0)
 
 
 @pytest.mark.parametrize(

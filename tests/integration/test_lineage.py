@@ -7,7 +7,7 @@ import pytest
 
 from fedpeft.errors import LineageRefused
 from fedpeft.protocol.lineage_check import Ancestry, check_directory, sentences
-from fedpeft_client.clinic import Clinic
+from fedpeft_client.rounds.clinic import Clinic
 from fedpeft_client.settings import LimitSettings
 from tests.integration.federations import Boxes, Listener, federation
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-import fedpeft_server.rounds
+import fedpeft_server.rounds.loop
 from fedpeft.adapters import AdapterState, pairs
 from fedpeft.errors import FederationError
 from fedpeft.protocol import RankTerms
 from fedpeft.simulation.run import Simulation
-from fedpeft_server.ranks import RankPlan
-from fedpeft_server.run_directory import RoundRecord
+from fedpeft_server.rounds.ranks import RankPlan
+from fedpeft_server.runs.directory import RoundRecord
 from fedpeft_strategies.declaration import RankRule
 from tests.integration.federations import (
     Added,
@@ -245,7 +245,7 @@ def lone_plan(folder: Path, model: Path, minimum: int, ranks: tuple[int, ...] = 
 def test_a_server_that_would_uncover_a_lone_clinics_rows_is_refused_by_all(
     ranks: tuple[int, ...], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedpeft_server.rounds, "RankPlan", Careless)
+    monkeypatch.setattr(fedpeft_server.rounds.loop, "RankPlan", Careless)
     boxes, listener = Boxes(lone_plan(tmp_path / "f", tiny_model, 3, ranks)), Listener()
     with pytest.raises(FederationError, match=r"round 1 failed 2 times.*c0: too-few-clinics"):
         boxes.run(listener)
@@ -258,7 +258,7 @@ def test_a_server_that_would_uncover_a_lone_clinics_rows_is_refused_by_all(
 def test_a_server_that_would_uncover_a_lone_clinic_gets_nothing_of_it(
     minimum: int, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedpeft_server.rounds, "RankPlan", CarelessOfUpdates)
+    monkeypatch.setattr(fedpeft_server.rounds.loop, "RankPlan", CarelessOfUpdates)
     boxes, listener = Boxes(lone_plan(tmp_path / "f", tiny_model, minimum)), Listener()
     if minimum == 4:
         with pytest.raises(FederationError, match=r"round 1 failed 2 times.*c1: too-few-clinics"):

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-import fedpeft_server.superlink
+import fedpeft_server.link.superlink
 from fedpeft.config import AdapterSettings, KeySettings, PrivacySettings, TrainingSettings
 from fedpeft.models import adapter_schema, fingerprint, initial_state
 from fedpeft.privacy.ledger import Ledger
@@ -24,11 +24,13 @@ from fedpeft.protocol.parcel import Held, whole
 from fedpeft.sealing import SERVER, Identity, clinic_role, seal, seal_broadcast
 from fedpeft.sealing import Context as Sealing
 from fedpeft.sealing.keyfile import Protection
-from fedpeft_client.app import ClinicDesk, build_client_app
 from fedpeft_client.box import Box, open_box
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.connection import ConnectionSettings, Event, serve
-from fedpeft_client.enrolment import join
+from fedpeft_client.keys.enrolment import join
+from fedpeft_client.limits.traffic import TrafficMeter
+from fedpeft_client.link.connection import ConnectionSettings, Event, serve
+from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import ClinicWork
 from fedpeft_client.settings import (
     BoxModelSettings,
     ClientSettings,
@@ -39,10 +41,8 @@ from fedpeft_client.settings import (
     ServerSettings,
     settings_toml,
 )
-from fedpeft_client.traffic import TrafficMeter
-from fedpeft_client.work import ClinicWork
-from fedpeft_server.site import Site, create_site
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.directory import Site, create_site
 
 LORA: Final = AdapterSettings(rank=2, alpha=4.0)
 SEALED: Final = SumTerms(confidentiality="sealed", adversary="active", bits=16, limit=1.0)
@@ -487,7 +487,7 @@ def fresh(tmp_path: Path, tiny_model: Path) -> Attack:
 
 
 def test_a_run_of_other_code_is_refused(fresh: Attack, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fedpeft_server.superlink, "FAB_ID", "evil/shell")
+    monkeypatch.setattr(fedpeft_server.link.superlink, "FAB_ID", "evil/shell")
     with fresh.link() as link:
         thread = served(fresh)
         try:

@@ -23,14 +23,14 @@ from fedpeft.sealing import Identity
 from fedpeft.simulation.clinics import simulated_clinics
 from fedpeft.simulation.local import LocalLink
 from fedpeft.simulation.run import Simulation, simulate
-from fedpeft_client.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+from fedpeft_client.rounds.work import ClinicWork
 from fedpeft_client.settings import BudgetSettings
-from fedpeft_client.work import ClinicWork
-from fedpeft_server.app import build_server_app
 from fedpeft_server.cli import program as server
-from fedpeft_server.narration import Narration
-from fedpeft_server.rounds import Federation
-from fedpeft_server.run_directory import RunDirectory
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.rounds.loop import Federation
+from fedpeft_server.rounds.narration import Narration
+from fedpeft_server.runs.directory import RunDirectory
 from fedpeft_strategies import build_strategy
 
 NAMES = ("c0", "c1", "c2", "c3")

@@ -19,9 +19,9 @@ from fedpeft.config import LEAST_SUMMANDS, AdapterSettings, TrainingSettings
 from fedpeft.errors import TooFewClinics
 from fedpeft.protocol import TRAIN, Job, RankTerms, SumTerms
 from fedpeft.protocol.sums import integers_of, weight_of_level
-from fedpeft_client.learning import Trained
-from fedpeft_client.summing import _agreement, _summand
-from fedpeft_server.ranks import RankPlan
+from fedpeft_client.rounds.learning import Trained
+from fedpeft_client.sums.summing import _agreement, _summand
+from fedpeft_server.rounds.ranks import RankPlan
 
 RANK = 5
 SCHEMA = AdapterSchema((TensorSpec("m.lora_B.weight", (2, RANK)),), "a" * 64)

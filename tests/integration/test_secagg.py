@@ -14,7 +14,7 @@ import pytest
 from flwr.app import Context, Message
 from safetensors.numpy import load_file
 
-import fedpeft_client.summing
+import fedpeft_client.sums.summing
 from fedpeft.config import FederationSettings
 from fedpeft.demo.clinics import write_federation
 from fedpeft.errors import FederationError
@@ -26,13 +26,13 @@ from fedpeft.simulation.clinics import simulated_clinics
 from fedpeft.simulation.local import LocalLink
 from fedpeft.simulation.plan import embedded_settings
 from fedpeft.simulation.run import Simulation, simulate
-from fedpeft_client.app import ClinicDesk, Handler, build_client_app
-from fedpeft_client.clinic import Clinic
+from fedpeft_client.rounds.app import ClinicDesk, Handler, build_client_app
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.work import ClinicWork
 from fedpeft_client.settings import ConfidentialitySettings
-from fedpeft_client.work import ClinicWork
-from fedpeft_server.app import build_server_app
-from fedpeft_server.rounds import Federation
-from fedpeft_server.run_directory import RoundRecord, RunDirectory
+from fedpeft_server.link.app import build_server_app
+from fedpeft_server.rounds.loop import Federation
+from fedpeft_server.runs.directory import RoundRecord, RunDirectory
 from fedpeft_strategies import build_strategy
 
 # One step at the full rate, so that updates are far larger than any step of quantisation.
@@ -304,7 +304,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
             found.append(Answer(*self._place, stage, answer))
             return answer
 
-    monkeypatch.setattr(fedpeft_client.summing, "ClinicSession", Recorded)
+    monkeypatch.setattr(fedpeft_client.sums.summing, "ClinicSession", Recorded)
     return found
 
 

@@ -14,7 +14,7 @@ from fedpeft.cli import program as fedpeft
 from fedpeft.data import encode, read_records
 from fedpeft.models import load_tokenizer
 from fedpeft.simulation.run import Simulation
-from fedpeft_server.run_directory import RoundRecord
+from fedpeft_server.runs.directory import RoundRecord
 from fedpeft_strategies import STRATEGIES, declarations
 from tests.integration.federations import (
     MAX_LENGTH,

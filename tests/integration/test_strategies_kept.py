@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedpeft.simulation.run import Simulation, simulate
-from fedpeft_client.clinic import Clinic
+from fedpeft_client.rounds.clinic import Clinic
 from tests.integration.federations import (
     Boxes,
     Listener,

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from fedpeft_client.adapter_store import AdapterStore
-from fedpeft_client.clinic import Clinic
+from fedpeft_client.rounds.clinic import Clinic
 from fedpeft_client.settings import AcceptanceSettings
-from fedpeft_server.narration import round_sentence
-from fedpeft_server.run_directory import RunDirectory
+from fedpeft_client.versions.store import AdapterStore
+from fedpeft_server.rounds.narration import round_sentence
+from fedpeft_server.runs.directory import RunDirectory
 from tests.integration.federations import Boxes, Listener, adapter_after, federation, run
 
 EASY = AcceptanceSettings(min_improvement=-0.99, max_forgetting=1e6, report_verdict=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import KeySettings
-from fedpeft_server.site import create_site
+from fedpeft_server.site.directory import create_site
 from tests.integration.chaos_federation import Nursery
 
 CLINICS = ("bay", "cape", "delta")

@@ -10,11 +10,11 @@ from fedpeft.config import KeySettings
 from fedpeft.models import adapter_schema
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.lineage import Made, Scribe
-from fedpeft_server.outcome import Outcome
-from fedpeft_server.run_directory import RoundRecord, RunDirectory
-from fedpeft_server.site import Site, create_site, open_site
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.rounds.lineage import Made, Scribe
+from fedpeft_server.rounds.outcome import Outcome
+from fedpeft_server.runs.directory import RoundRecord, RunDirectory
+from fedpeft_server.site.directory import Site, create_site, open_site
 from fedpeft_server.trail import Trail
 from tests.server.test_enrolment import HOUR_S, new_key
 

@@ -13,7 +13,7 @@ from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.calibration import calibrated
 from fedpeft.privacy.charge import Charge
 from fedpeft.privacy.noise import GaussianNoise
-from fedpeft_server.clinic_level import ClinicLevel, multiplier_for
+from fedpeft_server.rounds.clinic_level import ClinicLevel, multiplier_for
 
 SIZE = 20_000
 SCHEMA = AdapterSchema((TensorSpec("m.lora_A.weight", (4, SIZE // 4)),), "a" * 64)

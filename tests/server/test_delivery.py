@@ -14,8 +14,8 @@ from fedpeft.errors import AdapterError, AdapterNotHeld, FedpeftError
 from fedpeft.protocol import ADAPTER, CONTENT_KEY, JOB, Job, Payload, SumTerms
 from fedpeft.protocol.parcel import Held, Increment, opened, whole
 from fedpeft.sealing import ContentKey, open_broadcast
-from fedpeft_server.channel import Accept, Channel, Letter
-from fedpeft_server.delivery import Delivery, Order
+from fedpeft_server.rounds.channel import Accept, Channel, Letter
+from fedpeft_server.rounds.delivery import Delivery, Order
 
 NAMES = {7: "north", 8: "south", 9: "west"}
 SCHEMA = AdapterSchema(

@@ -16,11 +16,11 @@ from fedpeft.sealing.context import clinic_role
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
 from fedpeft.sealing.succession import MOST_LINKS, Link, Succession
-from fedpeft_server.enrolled_clinic import IDENTITY_DAYS, KEY_DAYS
-from fedpeft_server.enrolment import Enrolments, InvitationRefused
-from fedpeft_server.enrolment_file import SCHEMA_VERSION
-from fedpeft_server.roster import expiring, roster
-from fedpeft_server.rotation import renew_clinic
+from fedpeft_server.enrolments.clinic import IDENTITY_DAYS, KEY_DAYS
+from fedpeft_server.enrolments.enrolment import Enrolments, InvitationRefused
+from fedpeft_server.enrolments.file import SCHEMA_VERSION
+from fedpeft_server.enrolments.roster import expiring, roster
+from fedpeft_server.enrolments.rotation import renew_clinic
 
 HOUR_S = 3600.0
 BASE = "f" * 64

@@ -12,10 +12,10 @@ from fedpeft.errors import AdapterError, SchemaMismatch
 from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
 from fedpeft.protocol.privacy import ClinicPrivacy
-from fedpeft_server.collection import Collected
-from fedpeft_server.intake import CentralIntake
-from fedpeft_server.privacy_record import PrivacyRecord, summary_of
-from fedpeft_server.shield import CentralShield, Shield, shield_of
+from fedpeft_server.rounds.collection import Collected
+from fedpeft_server.rounds.intake import CentralIntake
+from fedpeft_server.rounds.privacy_record import PrivacyRecord, summary_of
+from fedpeft_server.rounds.shield import CentralShield, Shield, shield_of
 from fedpeft_strategies.strategy import Aggregated, Fold
 
 SIZE = 8000

@@ -13,11 +13,11 @@ import pytest
 
 from fedpeft.errors import StorageError
 from fedpeft.sealing.identity import Identity
-from fedpeft_server import superlink
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.message_store import require_sound
-from fedpeft_server.pki import create_authority
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.link import superlink
+from fedpeft_server.link.message_store import require_sound
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.pki import create_authority
 from tests.server.test_superlink import enrolling
 
 FLOWER_S = 5.0
@@ -81,7 +81,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(superlink, "_HEARTBEAT_S", 0.2)
-    monkeypatch.setattr("fedpeft_server.message_store._BUSY_MS", 100)
+    monkeypatch.setattr("fedpeft_server.link.message_store._BUSY_MS", 100)
     with link_in(tmp_path) as link, held(tmp_path / "flower.db", 1.5):
         assert link.grid._lost.wait(10)
 

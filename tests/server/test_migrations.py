@@ -12,7 +12,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from fedpeft.errors import StorageError
-from fedpeft_server.enrolment_file import EnrolmentFile
+from fedpeft_server.enrolments.file import EnrolmentFile
 from fedpeft_server.migrations import HEAD
 
 # What the release before alembic left: each of its schemas, built from the one before.
@@ -133,7 +133,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 
 import fedpeft_server.migrations.upgrade
-from fedpeft_server.enrolment_file import EnrolmentFile
+from fedpeft_server.enrolments.file import EnrolmentFile
 from sqlalchemy import Engine, event
 
 old, point = Path(sys.argv[1]), 0
@@ -178,7 +178,7 @@ import sys
 from pathlib import Path
 
 import fedpeft_server.migrations.upgrade
-from fedpeft_server.enrolment_file import EnrolmentFile
+from fedpeft_server.enrolments.file import EnrolmentFile
 
 print("ready", flush=True)
 for path in sys.stdin:
@@ -221,7 +221,7 @@ def test_a_file_that_is_up_to_date_is_opened_without_alembic(tmp_path: Path):
     EnrolmentFile(tmp_path / "enrolment.db")
     program = (
         "import sys; from pathlib import Path; "
-        "from fedpeft_server.enrolment_file import EnrolmentFile; "
+        "from fedpeft_server.enrolments.file import EnrolmentFile; "
         f"EnrolmentFile(Path({str(tmp_path / 'enrolment.db')!r})); "
         "print('alembic' in sys.modules, 'sqlalchemy' in sys.modules)"
     )

@@ -11,10 +11,10 @@ from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.errors import AdapterError, FedpeftError
 from fedpeft.protocol import Job, Payload, RankTerms, SumTerms
 from fedpeft.protocol.parcel import Held
-from fedpeft_server.channel import Accept, Channel, Letter
-from fedpeft_server.collection import Collected, Sums
-from fedpeft_server.delivery import Delivery, Order
-from fedpeft_server.opened import OpenedCollector
+from fedpeft_server.rounds.channel import Accept, Channel, Letter
+from fedpeft_server.rounds.collection import Collected, Sums
+from fedpeft_server.rounds.delivery import Delivery, Order
+from fedpeft_server.rounds.opened import OpenedCollector
 
 NAMES = {7: "north", 8: "south", 9: "west"}
 SCHEMA = AdapterSchema(

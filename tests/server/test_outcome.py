@@ -18,8 +18,8 @@ from fedpeft.adapters import (
 )
 from fedpeft.config import FederationSettings
 from fedpeft.errors import AdapterError
-from fedpeft_server.outcome import Outcome, load_memory, load_product, save_outcome
-from fedpeft_server.run_directory import RoundRecord, RunDirectory
+from fedpeft_server.rounds.outcome import Outcome, load_memory, load_product, save_outcome
+from fedpeft_server.runs.directory import RoundRecord, RunDirectory
 
 BASE = "a" * 64
 SETTINGS = FederationSettings.model_validate({"name": "sea", "adapter": {"rank": 2, "alpha": 6.0}})

@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.errors import ConfigError, StorageError
-from fedpeft_server.pki import (
+from fedpeft_server.site.pki import (
     Authority,
     create_authority,
     renew_server_certificate,

@@ -11,7 +11,7 @@ from fedpeft.adapters import Factors
 from fedpeft.config import AdapterSettings, FederationSettings, TrainingSettings
 from fedpeft.protocol import EVALUATE, Job, RankTerms, SumTerms
 from fedpeft.secagg import Quantiser, SecureSum
-from fedpeft_server.quantisation_range import Ranges, next_limit
+from fedpeft_server.rounds.quantisation_range import Ranges, next_limit
 
 BY_ROWS = RankTerms(rule="nested", of={"c0": 2}, others=2)
 ALIKE = BY_ROWS.model_copy(update={"alike": True})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedpeft.config import LEAST_SUMMANDS
 from fedpeft.protocol import RankTerms
-from fedpeft_server.ranks import RankPlan
+from fedpeft_server.rounds.ranks import RankPlan
 from fedpeft_strategies.declaration import RankRule
 
 RANK = 8

@@ -6,7 +6,7 @@ import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedpeft_client.session import Session
+from fedpeft_client.link.session import Session
 from tests.client.test_connection import Federation, ask, blob, data_of, echo_app
 
 

@@ -13,10 +13,10 @@ from fedpeft.adapters import AdapterSchema, AdapterState, TensorSpec, load_adapt
 from fedpeft.config import AdapterSettings, FederationSettings
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.protocol import RankTerms
-from fedpeft_server.collection import ConfidentialityRecord
-from fedpeft_server.outcome import Outcome
-from fedpeft_server.privacy_record import PrivacyRecord
-from fedpeft_server.run_directory import FailedClinic, RoundRecord, RunDirectory
+from fedpeft_server.rounds.collection import ConfidentialityRecord
+from fedpeft_server.rounds.outcome import Outcome
+from fedpeft_server.rounds.privacy_record import PrivacyRecord
+from fedpeft_server.runs.directory import FailedClinic, RoundRecord, RunDirectory
 
 BASE = "a" * 64
 SCHEMA = AdapterSchema(

@@ -14,12 +14,12 @@ from fedpeft.privacy.accounting import epsilon_of
 from fedpeft.privacy.charge import Charge
 from fedpeft.protocol import Job, Payload
 from fedpeft.protocol.privacy import PRIVACY, ClinicPrivacy, clinic_privacy
-from fedpeft_server.collection import privacy_of
-from fedpeft_server.narration import privacy_sentences, round_sentence
-from fedpeft_server.outcome import Outcome
-from fedpeft_server.privacy_record import PrivacyRecord, summary_of
-from fedpeft_server.run_directory import RoundRecord, RunDirectory
-from fedpeft_server.shield import CentralShield, shield_of
+from fedpeft_server.rounds.collection import privacy_of
+from fedpeft_server.rounds.narration import privacy_sentences, round_sentence
+from fedpeft_server.rounds.outcome import Outcome
+from fedpeft_server.rounds.privacy_record import PrivacyRecord, summary_of
+from fedpeft_server.rounds.shield import CentralShield, shield_of
+from fedpeft_server.runs.directory import RoundRecord, RunDirectory
 
 SIZE = 8000
 SCHEMA = AdapterSchema((TensorSpec("m.lora_A.weight", (8, SIZE // 8)),), "a" * 64)

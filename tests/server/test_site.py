@@ -26,11 +26,11 @@ from fedpeft.sealing.context import SERVER
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.possession import prove_possession
 from fedpeft.sealing.succession import newest
-from fedpeft_server import site_identity
 from fedpeft_server.cli import program
-from fedpeft_server.pki import create_authority
 from fedpeft_server.service import serve_federation
-from fedpeft_server.site import Site, create_site, open_site
+from fedpeft_server.site import identity as site_identity
+from fedpeft_server.site.directory import Site, create_site, open_site
+from fedpeft_server.site.pki import create_authority
 
 
 def make_site(

@@ -20,14 +20,14 @@ from fedpeft.audit_log import AuditLog, verify
 from fedpeft.errors import StorageError
 from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server import lineage
 from fedpeft_server.cli import program
-from fedpeft_server.enrolled_clinic import KEY_DAYS
-from fedpeft_server.enrolment import InvitationRefused
-from fedpeft_server.run_directory import RunDirectory
+from fedpeft_server.enrolments.clinic import KEY_DAYS
+from fedpeft_server.enrolments.enrolment import InvitationRefused
+from fedpeft_server.rounds import lineage
+from fedpeft_server.runs.directory import RunDirectory
 from fedpeft_server.service import serve_federation
-from fedpeft_server.site import Site, open_site
-from fedpeft_server.site_check import check_site
+from fedpeft_server.site.check import check_site
+from fedpeft_server.site.directory import Site, open_site
 from tests.server.sites import CLINICS, content_of, finish_rounds, make_site, redeem_in_sea
 from tests.server.test_enrolment import new_key
 
@@ -161,7 +161,7 @@ import os, signal, sys
 from pathlib import Path
 
 from tests.server.sites import finish_rounds, schema_of
-from fedpeft_server.site import open_site
+from fedpeft_server.site.directory import open_site
 
 import shutil
 

@@ -14,7 +14,7 @@ from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
 from fedpeft.protocol import Job, RankTerms, SumTerms
 from fedpeft.protocol.sums import GRID_BITS, grid_limit, value_of_unit, weight_of_level
 from fedpeft.secagg import SecureSum
-from fedpeft_server.summed import mean_of, verdicts_of
+from fedpeft_server.rounds.summed import mean_of, verdicts_of
 
 RANK = 4
 SCHEMA = AdapterSchema(

@@ -28,11 +28,11 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
 from fedpeft.errors import ConnectionFailed, FederationError, PortInUse, StorageError
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server.enrolment import Enrolments, InvitationRefused
-from fedpeft_server.pki import Authority, create_authority
-from fedpeft_server.public_door import FLEET_PATHS
-from fedpeft_server.rate_limit import EnrolmentLimit, RateLimiter, network_of
-from fedpeft_server.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.enrolments.enrolment import Enrolments, InvitationRefused
+from fedpeft_server.enrolments.rate_limit import EnrolmentLimit, RateLimiter, network_of
+from fedpeft_server.link.public_door import FLEET_PATHS
+from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
+from fedpeft_server.site.pki import Authority, create_authority
 
 HOUR_S = 3600.0
 BASE = "f" * 64
@@ -389,7 +389,9 @@ def test_ten_thousand_guesses_of_a_token_learn_nothing_and_leave_it_good(link, m
         f"{token_id}.{secret[:-1]}{chr(33 + at % 90)}x" if at % 2 else f"{at:016x}.{secret}"
         for at in range(10_000)
     )
-    monkeypatch.setattr("fedpeft_server.enrolment.check_possession", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "fedpeft_server.enrolments.enrolment.check_possession", lambda *_, **__: None
+    )
 
     reasons = set()
     for guess in guesses:

@@ -13,9 +13,9 @@ from fedpeft.audit_log import Choice, Entry, all_lines, entries_in, verify
 from fedpeft.errors import EnrolmentError, FederationError, StorageError
 from fedpeft.protocol import carry
 from fedpeft.sealing import SERVER, Context, Identity, PublicIdentity, clinic_role, seal
-from fedpeft_server.site import create_site
+from fedpeft_server.link.wire_meter import WireMeter
+from fedpeft_server.site.directory import create_site
 from fedpeft_server.trail import RecordedLink, Trail
-from fedpeft_server.wire_meter import WireMeter
 
 SITE, CLINIC = Identity.generate(), Identity.generate()
 NODE, STRANGER = 11, 12
@@ -194,7 +194,7 @@ def test_invitations_and_what_becomes_of_them_are_noted(tmp_path: Path):
 
 def test_an_identity_that_was_renewed_keeps_the_log_whole(tmp_path: Path):
     from fedpeft.config import KeySettings
-    from fedpeft_server.site import open_site
+    from fedpeft_server.site.directory import open_site
 
     directory = tmp_path / "site"
     made = create_site(

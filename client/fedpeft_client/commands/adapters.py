@@ -9,8 +9,8 @@ import typer
 from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
-    from fedpeft_client.adapter_store import AdapterStore
-    from fedpeft_client.adapter_version import Version
+    from fedpeft_client.versions.store import AdapterStore
+    from fedpeft_client.versions.version import Version
 
 app = typer.Typer(
     name="adapters",
@@ -50,7 +50,7 @@ def show(name: _Name, directory: BoxDirectory = Path(), as_json: _AsJson = False
 
     Reads DIR/adapters; writes and sends nothing.
     """
-    from fedpeft_client.adapter_version import LINEAGE_FILE
+    from fedpeft_client.versions.version import LINEAGE_FILE
 
     store = _store(directory)
     version = store.find(_version_name(name))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedpeft.audit_log import Verdict
     from fedpeft.sealing import PublicIdentity
     from fedpeft_client.box import Box
-    from fedpeft_client.disclosures import Charged
+    from fedpeft_client.reports.disclosures import Charged
 
 app = typer.Typer()
 _log = typer.Typer(help="What this box did, in a log that shows when it was changed.")
@@ -129,9 +129,9 @@ def disclosures(
     from fedpeft.audit_log import verify as check
     from fedpeft.storage import write_atomically
     from fedpeft_client.box import open_box
-    from fedpeft_client.disclosures import report_lines, report_of
-    from fedpeft_client.disclosures_page import Heading
-    from fedpeft_client.disclosures_page import page as html_of
+    from fedpeft_client.reports.disclosures import report_lines, report_of
+    from fedpeft_client.reports.disclosures_page import Heading
+    from fedpeft_client.reports.disclosures_page import page as html_of
 
     choice = Choice(since=day_of(since, "--since"), until=day_of(until, "--until"))
     box = open_box(directory)
@@ -216,8 +216,8 @@ def _identity(box: "Box") -> "PublicIdentity | None":
 def _charged(box: "Box") -> "Charged | None":
     """Return what the ledger says; None if it is damaged."""
     from fedpeft.privacy.ledger import Ledger, ledger_exists
-    from fedpeft_client.disclosures import Charged
-    from fedpeft_client.ledger_view import ledger_reports, report_lines
+    from fedpeft_client.reports.disclosures import Charged
+    from fedpeft_client.reports.ledger_view import ledger_reports, report_lines
 
     if not ledger_exists(box.ledger_path):
         return Charged(rounds=frozenset(), steps=0, lines=())

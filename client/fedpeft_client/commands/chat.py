@@ -12,10 +12,10 @@ import typer
 from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
-    from fedpeft_client.answer_batch import Answered
     from fedpeft_client.box import Box
+    from fedpeft_client.inference.answer_batch import Answered
     from fedpeft_client.inference.engine import Engine, Sampling
-    from fedpeft_client.questions import Question
+    from fedpeft_client.inference.questions import Question
 
 app = typer.Typer()
 _LONGEST = 512
@@ -53,7 +53,7 @@ def chat(
     Reads DIR and the base model; writes converted files into DIR/inference; keeps nothing
     of what is said, and sends nothing. Ctrl-C stops an answer, and once more ends.
     """
-    from fedpeft_client.conversation import HELP, Conversation, Terminal
+    from fedpeft_client.inference.conversation import HELP, Conversation, Terminal
 
     options = _sampling(max_tokens, temperature, seed, cut_prompt)
     with _engine(directory) as (_, engine):
@@ -85,7 +85,7 @@ def generate(
     Reads DIR, the base model and FILE; writes converted files into DIR/inference and, if
     asked, questions and answers into OUT (mode 600); sends nothing.
     """
-    from fedpeft_client.answer_batch import AnswerFile, Asking, answers
+    from fedpeft_client.inference.answer_batch import AnswerFile, Asking, answers
 
     options = _sampling(max_tokens, temperature, seed, cut_prompt)
     questions = _questions(prompt, file)
@@ -124,7 +124,7 @@ def compare(
     Reads DIR, the base model and FILE; writes converted files into DIR/inference; keeps
     no question and no answer, and sends nothing. The likeliest token is always taken.
     """
-    from fedpeft_client.answer_batch import Asking
+    from fedpeft_client.inference.answer_batch import Asking
     from fedpeft_client.inference.catalogue import BASE
 
     options = _sampling(max_tokens, 0.0, None, cut_prompt)
@@ -180,7 +180,7 @@ def _require_model(engine: "Engine", name: str) -> str:
 
 
 def _questions(prompt: str | None, file: Path | None) -> "list[Question]":
-    from fedpeft_client.questions import question_of, read_questions
+    from fedpeft_client.inference.questions import question_of, read_questions
 
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give either --prompt or --file")

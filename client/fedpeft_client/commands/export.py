@@ -44,11 +44,11 @@ def export(
         raise typer.BadParameter(f"--quantisation belongs to --format gguf, not to {form.value}")
     from fedpeft import gguf_format
     from fedpeft.errors import UnknownAdapter
-    from fedpeft_client.adapter_store import AdapterStore
     from fedpeft_client.box import open_box
     from fedpeft_client.export.exporting import export as write
     from fedpeft_client.export.source import open_source
     from fedpeft_client.inference.catalogue import BASE
+    from fedpeft_client.versions.store import AdapterStore
 
     known = get_args(gguf_format.Quantisation)
     if quantisation is not None and quantisation not in known:

@@ -27,7 +27,7 @@ def rotate(
     the new public keys, signed by the box's identity.
     """
     from fedpeft_client.box import open_box
-    from fedpeft_client.renewal import follow_server, rotate_keys
+    from fedpeft_client.keys.renewal import follow_server, rotate_keys
 
     box = open_box(directory)
     protection = box.protection(partial(ask_passphrase, confirm=False))

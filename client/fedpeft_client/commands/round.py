@@ -90,14 +90,14 @@ def run(
 
 def _answered(box: "Box", read: "ReadFile") -> "Answered":
     """Answer a file with the app that answers the network, and keep what that keeps."""
-    from fedpeft_client.app import ClinicDesk, build_client_app
-    from fedpeft_client.mailbox import Mailbox
-    from fedpeft_client.narration import narrate_steps
-    from fedpeft_client.processors import bound_processors
+    from fedpeft_client.limits.processors import bound_processors
+    from fedpeft_client.rounds.app import ClinicDesk, build_client_app
+    from fedpeft_client.rounds.mailbox import Mailbox
+    from fedpeft_client.rounds.narration import narrate_steps
+    from fedpeft_client.rounds.work import ClinicWork
     from fedpeft_client.sticks.answering import StickDesk, own_question
     from fedpeft_client.sticks.memory import KeptPlaces, KeptShelf, StickMemory
     from fedpeft_client.trail import BoxTrail, unlocking
-    from fedpeft_client.work import ClinicWork
 
     if box.settings.limits.threads is not None:
         bound_processors(box.settings.limits.threads)

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from fedpeft.storage import write_atomically
-from fedpeft_client.adapter_version import LINEAGE_FILE
 from fedpeft_client.export.formats import Format
 from fedpeft_client.export.source import Source
+from fedpeft_client.versions.version import LINEAGE_FILE
 
 RECORD_FILE = "export.json"
 SCHEMA = 1

@@ -12,7 +12,7 @@ from fedpeft.adapters.peft_directory import WEIGHTS_FILE
 from fedpeft.config import AdapterSettings
 from fedpeft.errors import AdapterError, StorageError
 from fedpeft.models import adapter_schema
-from fedpeft_client.adapter_version import LINEAGE_FILE
+from fedpeft_client.versions.version import LINEAGE_FILE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

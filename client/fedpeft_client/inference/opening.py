@@ -79,7 +79,7 @@ class Place:
     def look(self) -> Catalogue:
         """Return the adapters of the box."""
         # Imported here: it needs torch.
-        from fedpeft_client.adapter_store import AdapterStore
+        from fedpeft_client.versions.store import AdapterStore
 
         return AdapterStore(self.directory / ADAPTERS, self.settings.adapters).catalogue()
 

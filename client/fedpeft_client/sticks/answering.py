@@ -15,8 +15,8 @@ from fedpeft.errors import PolicyRefused, SizeLimit, StickRefused
 from fedpeft.protocol import MESSAGE_TYPES, carried, carry, raw
 from fedpeft.protocol.stick_file import ReadFile, StickFile, parse_stick_file
 from fedpeft.sealing import Identity
-from fedpeft_client.answering import Application, answer, refusal
-from fedpeft_client.clinic import Clinic
+from fedpeft_client.rounds.answering import Application, answer, refusal
+from fedpeft_client.rounds.clinic import Clinic
 from fedpeft_client.sticks.memory import StickMemory
 from fedpeft_client.trail import Trail
 

@@ -12,8 +12,8 @@ from fedpeft.sealing.identity import PublicIdentity
 from fedpeft.sealing.join_file import FILE_LIMIT, JoinRequest, Ticket
 from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained, sync_directory, write_atomically
-from fedpeft_client.enrolment import Invitation, own_keys, public_pem, settle
-from fedpeft_client.key_life import Expiry
+from fedpeft_client.keys.enrolment import Invitation, own_keys, public_pem, settle
+from fedpeft_client.keys.key_life import Expiry
 from fedpeft_client.settings import CONFIG_FILE
 
 SCHEMA: Final = 1

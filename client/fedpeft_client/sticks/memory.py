@@ -12,9 +12,9 @@ from typing import Any, Final
 from fedpeft.errors import AdapterError, SealingError, StickRefused, StorageError
 from fedpeft.protocol.parcel import Held, opened, whole
 from fedpeft.sealing import Identity
-from fedpeft_client.clinic import Clinic
-from fedpeft_client.mailbox import Place, Places, Request
-from fedpeft_client.shelf import Shelf
+from fedpeft_client.rounds.clinic import Clinic
+from fedpeft_client.rounds.mailbox import Place, Places, Request
+from fedpeft_client.rounds.shelf import Shelf
 from fedpeft_client.vault import Vault
 
 SCHEMA: Final = 1

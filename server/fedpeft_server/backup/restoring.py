@@ -16,8 +16,8 @@ from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained, sync_directory
 from fedpeft_server.backup.archive import Manifest, read_backup
 from fedpeft_server.backup.snapshot import finished_rounds
-from fedpeft_server.site import open_site
-from fedpeft_server.site_check import check_site
+from fedpeft_server.site.check import check_site
+from fedpeft_server.site.directory import open_site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 from fedpeft.errors import ConfigError, StickRefused
 from fedpeft.sealing.join_file import FILE_LIMIT, JoinRequest, Ticket
 from fedpeft.storage import explained, write_atomically
-from fedpeft_server.enrolled_clinic import Carrier
-from fedpeft_server.site import Site
+from fedpeft_server.enrolments.clinic import Carrier
+from fedpeft_server.site.directory import Site
 
 
 def admit_by_stick(site: Site, request: Path, ticket: Path) -> str:

@@ -9,9 +9,9 @@ from fedpeft.protocol import KINDS
 from fedpeft.protocol.stick_file import ReadFile, StickFile, read_stick_file
 from fedpeft.sealing import PublicIdentity
 from fedpeft.storage import write_atomically
-from fedpeft_server.enrolled_clinic import Clinic
-from fedpeft_server.enrolment import Enrolments
-from fedpeft_server.server_lock import server_runs
+from fedpeft_server.enrolments.clinic import Clinic
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.site.lock import server_runs
 from fedpeft_server.sticks.post import StickPost
 
 _SLACK_BYTES = 1 << 20

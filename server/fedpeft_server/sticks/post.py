@@ -17,7 +17,7 @@ from fedpeft.protocol import CONTENT_KEY, JOB, KINDS, Job, Payload
 from fedpeft.protocol.lineage import LINEAGE
 from fedpeft.protocol.stick_file import ReadFile, StickFile, parse_stick_file, question_file
 from fedpeft.sealing import Context, Identity, PublicIdentity
-from fedpeft_server.asking import Asking
+from fedpeft_server.rounds.asking import Asking
 from fedpeft_server.sticks.drawer import Asked, Drawer
 
 FOLDER: Final = "sticks"

@@ -1,0 +1,1 @@
+"""What a box tells the people who look after it."""

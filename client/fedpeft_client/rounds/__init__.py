@@ -1,0 +1,1 @@
+"""A clinic's part in a round, from the opened question to the sealed answer."""

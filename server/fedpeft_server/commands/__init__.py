@@ -1,0 +1,1 @@
+"""The topics of the program ``fedpeft-server``, a module each."""

@@ -1,0 +1,1 @@
+"""Who may take part: invitations, clinics, their keys and how these are renewed."""

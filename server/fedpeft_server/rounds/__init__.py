@@ -1,0 +1,1 @@
+"""The rounds of a run: asked for, collected, aggregated, evaluated and made durable."""

@@ -1,0 +1,1 @@
+"""The central site on disk: its directory, identity, authority, and whether it is whole."""
