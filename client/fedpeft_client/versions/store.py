@@ -1,7 +1,7 @@
 """The versions of the adapter that a box keeps, and which one of them is in use.
 
-    adapters/round-7/     one version (see adapter_version.py); its files never change
-    adapters/index.json   what is in use, and the rest of adapter_index.py
+    adapters/round-7/     one version (see version.py); its files never change
+    adapters/index.json   what is in use, and the rest of index.py
     adapters/.lock        held while anything here is changed
     adapter               a link to the one in use, for all who look for the adapter there
 
@@ -13,27 +13,25 @@ with a dot and is removed by the next change. Knows nothing of jobs, losses or e
 import contextlib
 import logging
 import shutil
-import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Final
 
-from fedpeft.errors import AdapterError, StorageError, UnknownAdapter
-from fedpeft.storage import explained, sync_directory, write_atomically
+from fedpeft.errors import AdapterError, UnknownAdapter
+from fedpeft.storage import explained, write_atomically
 from fedpeft_client.folder_lock import locked
 from fedpeft_client.inference.catalogue import BASE, Catalogue
 from fedpeft_client.settings import StoreSettings
 from fedpeft_client.versions.acceptance import Verdict
 from fedpeft_client.versions.index import Index, read_index, write_index
+from fedpeft_client.versions.link import AdapterLink
+from fedpeft_client.versions.staging import HALF, delete, half_in, move
 from fedpeft_client.versions.version import (
-    CONFIG_FILE,
     LINEAGE_FILE,
     STOCK,
     WEIGHTS_FILE,
     Arrival,
     Version,
     about_arrival,
-    about_earlier,
     digests_in,
     identity_of,
     read_version,
@@ -41,10 +39,6 @@ from fedpeft_client.versions.version import (
 )
 
 _LOG = logging.getLogger(__name__)
-_EARLIER: Final = "earlier"
-"""The name of an adapter that a release before the store received."""
-_HALF: Final = ".half-"
-"""How everything begins that is not finished yet, or is about to be removed."""
 
 
 class AdapterStore:
@@ -56,8 +50,13 @@ class AdapterStore:
 
     def __init__(self, directory: Path, quota: StoreSettings = StoreSettings()) -> None:  # noqa: B008  (frozen)
         self.directory = directory
-        self.link = directory.with_name("adapter")
+        self._link = AdapterLink(directory)
         self._quota = quota
+
+    @property
+    def link(self) -> Path:
+        """Where all who look for the adapter in use find it."""
+        return self._link.path
 
     def versions(self) -> list[Version]:
         """Return the versions, the oldest first; one that cannot be read is left out.
@@ -226,16 +225,16 @@ class AdapterStore:
             self._drop(index, name)
 
     def _index(self) -> Index:
-        self._adopt_earlier()
+        self._link.adopt_earlier()
         return read_index(self.directory)
 
     def _write(self, index: Index) -> None:
         write_index(self.directory, index)
-        self._point(index.in_use)
+        self._link.point(index.in_use)
 
     def _folders(self) -> dict[str, Path]:
         """Return the folders of versions by their names."""
-        self._adopt_earlier()
+        self._link.adopt_earlier()
         with explained("read", self.directory):
             found = list(self.directory.iterdir()) if self.directory.is_dir() else []
         return {path.name: path for path in found if path.is_dir() and path.name[0] != "."}
@@ -254,15 +253,15 @@ class AdapterStore:
     @contextlib.contextmanager
     def _changing(self) -> Generator[Index]:
         """Exclude other processes, tidy up what a killed one left, and yield the index."""
-        self._adopt_earlier()
+        self._link.adopt_earlier()
         with locked(self.directory):
             index = read_index(self.directory)
             for path in self.directory.iterdir():
-                if path.name.startswith((_HALF, ".index.json.")):
-                    _delete(path)
+                if path.name.startswith((HALF, ".index.json.")):
+                    delete(path)
             for version in self.versions():
                 index.given.setdefault(version.name, version.identity)
-            self._point(index.in_use)
+            self._link.point(index.in_use)
             yield index
 
     def _place(self, index: Index, arrival: Arrival, verdict: Verdict) -> Version:
@@ -270,7 +269,7 @@ class AdapterStore:
         # Imported here: who only looks at versions needs no torch.
         from fedpeft.adapters import save_adapter
 
-        half = self._half()
+        half = half_in(self.directory)
         try:
             stock = half / STOCK
             save_adapter(arrival.state, arrival.settings, stock, base_name=arrival.base_name)
@@ -285,8 +284,8 @@ class AdapterStore:
                 return present
             write_about(half, about)
             if final.exists():
-                _rename(final, self._half())
-            _rename(half, final)
+                move(final, half_in(self.directory))
+            move(half, final)
         finally:
             shutil.rmtree(half, ignore_errors=True)
         found = read_version(final)
@@ -327,62 +326,9 @@ class AdapterStore:
     def _drop(self, index: Index, name: str) -> None:
         index.forget(name)
         self._write(index)
-        half = self._half()
-        _rename(self.directory / name, half)
-        _delete(half)
-
-    def _half(self) -> Path:
-        """Return a path of no file yet; the lock is held."""
-        return self.directory / f"{_HALF}{time.monotonic_ns()}"
-
-    def _point(self, name: str) -> None:
-        """Let the link lead to a version, or to nothing for the base model."""
-        if self.link.exists() and not self.link.is_symlink():
-            raise StorageError(
-                f"{self.link} is in the way of the link to the adapter in use: move it elsewhere"
-            )
-        with explained("write", self.link):
-            if name == BASE:
-                self.link.unlink(missing_ok=True)
-                return
-            target = Path(self.directory.name) / name / STOCK
-            if not self.link.is_symlink() or self.link.readlink() != target:
-                staged = self._half()
-                staged.symlink_to(target)
-                staged.replace(self.link)
-                sync_directory(self.link.parent)
-
-    def _adopt_earlier(self) -> None:
-        """Make the folder ``adapter`` of a release before the store a version, in use.
-
-        Its description and the index are written before it is moved, so that it is never
-        gone; until then nothing reads them.
-        """
-        if not self._is_earlier():
-            return
-        with locked(self.directory):
-            if not self._is_earlier():
-                return  # another process was faster
-            final, index = self.directory / _EARLIER, read_index(self.directory)
-            if (final / STOCK).exists():
-                raise StorageError(
-                    f"{self.link} is a folder where a link to the adapter in use belongs: move it "
-                    "elsewhere"
-                )
-            files = digests_in(self.link)
-            reason = "received by a release that judged no adapters"
-            verdict = Verdict(accepted=True, reason=reason, rival=BASE)
-            write_about(final, about_earlier(_EARLIER, files, verdict))
-            index.put_to_use(_EARLIER)
-            index.given[_EARLIER] = identity_of(None, None, files[WEIGHTS_FILE])
-            write_index(self.directory, index)
-            _rename(self.link, final / STOCK)
-            self._point(_EARLIER)
-
-    def _is_earlier(self) -> bool:
-        if self.link.is_symlink():
-            return False
-        return all((self.link / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        half = half_in(self.directory)
+        move(self.directory / name, half)
+        delete(half)
 
 
 def _name(index: Index, arrival: Arrival, digest: str) -> str:
@@ -394,18 +340,3 @@ def _name(index: Index, arrival: Arrival, digest: str) -> str:
     short = f"round-{arrival.round}"
     names = (short, f"{short}-{arrival.run[:8]}", f"{short}-{arrival.run[:8]}-{digest[:16]}")
     return next(name for name in names if name not in index.given)
-
-
-def _rename(path: Path, target: Path) -> None:
-    with explained("write", target):
-        path.rename(target)
-        for folder in {path.parent, target.parent}:
-            sync_directory(folder)
-
-
-def _delete(path: Path) -> None:
-    with explained("remove", path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

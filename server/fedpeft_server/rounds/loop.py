@@ -4,20 +4,18 @@ Flower's own ``Strategy.start`` can neither begin at round N, stop early, fold u
 they arrive nor go on after a crash, so the loop is ours.
 """
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedpeft.adapters import AdapterSchema, AdapterState, Mixing, to_bytes
 from fedpeft.config import FederationSettings
-from fedpeft.errors import LASTING_REASONS, FederationError, TooFewClinics
+from fedpeft.errors import FederationError, TooFewClinics
 from fedpeft.models import initial_state
 from fedpeft.protocol import EVALUATE, TRAIN, Job, RankTerms
 from fedpeft.protocol.lineage import SignedLineage
 from fedpeft.protocol.parcel import Held, Increment
 from fedpeft.sealing import Identity
-from fedpeft.secagg.threshold import floor_of
 from fedpeft_server.link.link import Link
 from fedpeft_server.rounds.asking import Asking
 from fedpeft_server.rounds.channel import Channel
@@ -29,15 +27,15 @@ from fedpeft_server.rounds.opened import OpenedCollector
 from fedpeft_server.rounds.outcome import Outcome
 from fedpeft_server.rounds.privacy_record import PrivacyRecord, beyond_goal
 from fedpeft_server.rounds.quantisation_range import Ranges
+from fedpeft_server.rounds.quorum import Quorum
 from fedpeft_server.rounds.ranks import RankPlan
 from fedpeft_server.rounds.shield import shield_of
+from fedpeft_server.rounds.stopwatch import Stopwatch
 from fedpeft_server.rounds.summed import SummedCollector
 from fedpeft_server.rounds.watcher import Watcher
 from fedpeft_server.runs.directory import FailedClinic, RoundRecord, RunDirectory
 from fedpeft_server.trail import Trail
 from fedpeft_strategies.strategy import Fold, Strategy
-
-_POLL_S = 0.2
 
 
 class Federation:
@@ -61,6 +59,7 @@ class Federation:
         self._watcher = watcher
         self._identity = identity
         self._asking = asking
+        self._quorum = Quorum(settings, watcher)
         self._ranges = Ranges(settings)
         self._shield = shield_of(settings, schema.part(strategy.sends(1)).numel)
         hidden = settings.aggregation.confidentiality == "secagg"
@@ -84,7 +83,7 @@ class Federation:
         if last is None:
             start = initial_state(self._schema, self._settings.training.seed)
             standing, last = _Standing(self._strategy.start(start)), 0
-            watch = _Stopwatch(link)
+            watch = Stopwatch(link)
             outcome = self._outcome(standing)
             standing = self._told(Made(round=0), standing, outcome)
             base = self._insist(link, collector, last, EVALUATE, standing)[0]
@@ -96,7 +95,7 @@ class Federation:
         for number in range(last + 1, self._settings.rounds.count + 1):
             if self._out_of_patience():
                 break
-            watch = _Stopwatch(link)
+            watch = Stopwatch(link)
             trained, fold = self._insist(link, collector, number, TRAIN, standing)
             half, standing = self._aggregate(number, trained, fold, standing)
             made = Made(round=number, participants=trained.participants, privacy=half.privacy)
@@ -172,7 +171,7 @@ class Federation:
         """
         rounds, why, failed = self._settings.rounds, "", list[str]()
         for attempt in range(1, rounds.retries + 2):
-            self._gather(link, number)
+            self._quorum.gather(link, number)
             folding = self._folding(number, standing) if kind == TRAIN else None
             sink = folding.intake.add if folding is not None else _nowhere
             collected = self._collect(
@@ -181,10 +180,10 @@ class Federation:
             # Who refused for want of others is not what was wanting.
             reasons = collected.failed.items()
             failed = [name for name, reason in reasons if reason != TooFewClinics.reason]
-            if len(collected.participants) >= rounds.minimum_clinics:
+            if self._quorum.is_reached(collected):
                 return collected, folding
-            why = self._too_few(collected)
-            if self._is_hopeless(link, collected):
+            why = self._quorum.missing(collected)
+            if self._quorum.is_hopeless(link, collected):
                 raise FederationError(
                     f"round {number} failed and is not repeated, as a repetition costs the other "
                     f"clinics and these reasons stay: {why}; mend what the reasons name, then "
@@ -201,15 +200,6 @@ class Federation:
         fold = self._strategy.fold(number, standing.adapter)
         part = self._schema.part(self._strategy.sends(number))
         return _Folding(fold, self._shield.intake(fold, part))
-
-    def _is_hopeless(self, link: Link, collected: Collected) -> bool:
-        """Say whether too few clinics are left that could answer if they were asked again."""
-        refusing = sum(reason in LASTING_REASONS for reason in collected.failed.values())
-        aggregation, clinics = self._settings.aggregation, len(list(link.grid.get_node_ids()))
-        needed = self._settings.rounds.minimum_clinics
-        if aggregation.confidentiality == "secagg":
-            needed = max(needed, floor_of(clinics, aggregation.adversary))
-        return clinics - refusing < needed
 
     def _collect(
         self,
@@ -274,7 +264,7 @@ class Federation:
     def _finish(
         self,
         number: int,
-        watch: "_Stopwatch",
+        watch: Stopwatch,
         half: "_Half | None",
         evaluated: Collected,
         standing: "_Standing",
@@ -321,30 +311,6 @@ class Federation:
         if found is not None:
             self._ranges.follow(found, record.sent, record.ranks)
 
-    def _gather(self, link: Link, number: int) -> None:
-        """Wait for the minimum of clinics, and for a while for the other enrolled ones.
-
-        Raises:
-            FederationError: the minimum did not come in ``rounds.wait_s`` seconds.
-        """
-        rounds, began, told = self._settings.rounds, time.monotonic(), -1
-        while True:
-            enrolled, connected = len(link.names()), len(list(link.grid.get_node_ids()))
-            waited = time.monotonic() - began
-            enough = connected >= rounds.minimum_clinics
-            if enough and (connected >= enrolled or waited >= rounds.gather_s):
-                return
-            if not enough and waited >= rounds.wait_s:
-                raise FederationError(
-                    f"round {number} cannot start: {connected} of {enrolled} enrolled clinics are "
-                    f"connected after {waited:.0f} s where rounds.minimum_clinics = "
-                    f"{rounds.minimum_clinics}; start the missing clinics, then start again"
-                )
-            if connected != told:
-                self._watcher.waiting(connected, enrolled, rounds.minimum_clinics)
-                told = connected
-            time.sleep(_POLL_S)
-
     def _out_of_patience(self) -> bool:
         """Say whether the validation loss has not improved for ``rounds.patience`` rounds."""
         patience = self._settings.rounds.patience
@@ -353,15 +319,6 @@ class Federation:
         records = self._directory.records()
         losses = [record.valid_loss for record in records if record.valid_loss is not None]
         return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-
-    def _too_few(self, collected: Collected) -> str:
-        failed = ", ".join(f"{name}: {reason}" for name, reason in collected.failed.items())
-        if collected.trouble:
-            return f"{collected.trouble} ({failed or 'no clinic gave a reason'})"
-        return (
-            f"{len(collected.participants)} usable answers where rounds.minimum_clinics = "
-            f"{self._settings.rounds.minimum_clinics} ({failed or 'no other clinic is connected'})"
-        )
 
     def _job(self, number: int, ranks: RankTerms | None, standing: "_Standing") -> Job:
         trains, sends = ("AB", "AB")
@@ -422,18 +379,3 @@ class _Half:
     privacy: PrivacyRecord | None
     product_error: float | None
     new_increments: int
-
-
-class _Stopwatch:
-    """Seconds and bytes on the wire since it was made."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._began = time.monotonic()
-        self._before = (link.meter.bytes_up, link.meter.bytes_down)
-
-    def read(self) -> tuple[int, int, float]:
-        """Return (bytes up, bytes down, seconds)."""
-        meter, (up, down) = self._link.meter, self._before
-        seconds = round(time.monotonic() - self._began, 3)
-        return meter.bytes_up - up, meter.bytes_down - down, seconds

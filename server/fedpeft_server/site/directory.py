@@ -5,14 +5,16 @@ server.toml         where the server listens
 keys/               certificate authority, server certificate, identity (private parts mode 600)
 state/              enrolments and Flower's messages
 audit/              the audit log: lines that show when they were changed
-run/                rounds, adapter and summary (see run_directory.py)
+run/                rounds, adapter and summary (see fedpeft_server.runs)
 """
 
 import json
+import os
 import tomllib
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field
 
@@ -31,7 +33,7 @@ from fedpeft.models import fingerprint, require_fingerprint, resolve_base
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.keyfile import protection_from
 from fedpeft.sealing.words import federation_words
-from fedpeft.storage import write_atomically
+from fedpeft.storage import explained, require_folder, write_atomically
 from fedpeft_server.enrolments.enrolment import Enrolments
 from fedpeft_server.enrolments.recorded import RecordedEnrolments
 from fedpeft_server.site.identity import SiteIdentity
@@ -40,6 +42,8 @@ from fedpeft_server.site.pki import Authority, Issued, create_authority, split_a
 FEDERATION_FILE = "federation.toml"
 SERVER_FILE = "server.toml"
 DEFAULT_PORT = 8443
+_BOX_FILES: Final = ("client.toml", "joining.json")
+"""What a clinic's box has; never a site."""
 
 
 class TlsSettings(Settings):
@@ -171,7 +175,7 @@ def create_site(
     """Make a new site with its own certificate authority and identity.
 
     Args:
-        directory: made if missing; must be empty.
+        directory: made if missing, in a folder that is there; must be empty.
         address: ``host:port`` as clinics reach it.
         name: of the federation.
         base: directory of the base model, or ``embedded``.
@@ -182,14 +186,17 @@ def create_site(
         ConfigError: ``address`` or ``name`` cannot be used.
         KeyLocked: the passphrase or key file cannot be used; nothing was made.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise StorageError(f"{directory} is not empty; name a new directory for the site")
+    with explained("look into", directory):
+        if os.path.lexists(directory) and any(directory.iterdir()):
+            raise StorageError(f"{directory} is not empty; name a new directory for the site")
+    require_folder(directory.parent)
     split_address(address)
     # A path is meant from where it was typed; the file is read from the site's folder.
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     text = _FEDERATION.format(name=json.dumps(name), base=json.dumps(base))
     parse_settings(FederationSettings, tomllib.loads(text), [], where="the command line")
-    protection = protection_from(keys, directory, partial(ask_passphrase, confirm=True))
+    ask = partial(ask_passphrase, confirm=True)
+    protection = protection_from(keys, directory, ask, named="--key-file")
     create_authority(directory / "keys", address)
     SiteIdentity.create(directory / "keys", protection)
     listen = _server_toml(address, keys)
@@ -205,9 +212,12 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
         ConfigError: there is no site, or a file has a fault.
         StorageError: keys or identity are missing or open to other users.
     """
+    require_no_box(directory)
     if not (directory / SERVER_FILE).is_file():
+        what = f"has no {SERVER_FILE}" if directory.is_dir() else "is not a folder"
         raise ConfigError(
-            f"{directory} has no {SERVER_FILE}; make a site first: fedpeft-server init {directory}"
+            f"{directory} is not the directory of a site, as it {what}: name the one that "
+            "fedpeft-server init made, see --help for where"
         )
     listen = load_settings(ListenSettings, directory / SERVER_FILE)
     return Site(
@@ -217,6 +227,22 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
         authority=_authority(directory, listen),
         sealing=SiteIdentity.load(directory / "keys"),
     )
+
+
+def require_no_box(directory: Path) -> None:
+    """Check that ``directory`` is not a clinic's box, which another program is for.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if (directory / SERVER_FILE).is_file():
+        return
+    if any((directory / name).is_file() for name in _BOX_FILES):
+        raise ConfigError(
+            f"{directory} is a clinic's box, not the directory of a site: fedpeft-client is the "
+            "program for it (fedpeft-client check looks at it), and it is backed up by a copy of "
+            'the folder while its client is stopped (docs/operations.md, "The box")'
+        )
 
 
 def _authority(directory: Path, listen: ListenSettings) -> Authority:
