@@ -4,38 +4,30 @@ Two would answer one secure sum twice, and charge one round twice. Must not know
 of them does.
 """
 
-import fcntl
-import os
+import contextlib
 from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from fedpeft.errors import StorageError
-from fedpeft.storage import explained
+from fedpeft.file_lock import LockHeld, exclusive
 
 LOCK_FILE: Final = "client.lock"
-_PRIVATE: Final = 0o600
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_program(directory: Path) -> Generator[None]:
     """Hold the box in ``directory`` while the body runs; a kill lets go of it.
 
     Raises:
         StorageError: another program holds it, or the directory cannot be written.
     """
-    path = directory / LOCK_FILE
-    with explained("open", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, _PRIVATE)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(exclusive(directory / LOCK_FILE, wait_s=0))
+        except LockHeld:
             raise StorageError(
                 f"another program takes part with the box {directory}: stop `fedpeft-client "
                 "start`, or wait until `fedpeft-client round run` is done"
             ) from None
         yield
-    finally:
-        os.close(descriptor)

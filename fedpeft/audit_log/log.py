@@ -11,7 +11,6 @@ checkpoint covers; see ``verification``.
 """
 
 import contextlib
-import fcntl
 import os
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -31,6 +30,7 @@ from fedpeft.audit_log.segments import (
     segment_path,
 )
 from fedpeft.errors import AuditLogDamaged, StorageError
+from fedpeft.file_lock import exclusive
 from fedpeft.privacy.ledger_chain import START, Anchor, write_anchor
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.storage import explained, sync_directory
@@ -135,12 +135,7 @@ class AuditLog:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Generator[None]:
-        path = self.directory / "lock"
-        with self._mutex, contextlib.ExitStack() as stack:
-            with explained("lock", path):
-                descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-                stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with self._mutex, exclusive(self.directory / "lock"):
             yield
 
     def _sign(self) -> None:
