@@ -22,6 +22,8 @@ HEARTBEAT: Final = "FEDPEFT_HEARTBEAT"
 """Environment variable: a file that is touched for as long as the process is alive."""
 HEARTBEAT_S: Final = 30.0
 """Seconds between two touches of that file."""
+_PATIENCE_S: Final = 5.0
+"""How long a watcher is waited for that is there, but has no room for another message."""
 _LOOKS: Final = 3
 """So often the process is looked at within the time that systemd waits: two may fail."""
 _LEAST_SHARE: Final = 0.01
@@ -98,11 +100,12 @@ class Watchers:
         if self.socket is None:
             return
         address = "\0" + self.socket[1:] if self.socket.startswith("@") else self.socket
-        # A watcher that is gone must not stop the work: it restarts what is silent.
+        # A watcher that is gone or hangs must not stop the work: it restarts what is silent.
         with (
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
         ):
+            channel.settimeout(_PATIENCE_S)
             channel.sendto(state.encode(), address)
 
     def touch(self) -> None:

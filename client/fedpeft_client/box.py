@@ -11,6 +11,7 @@ peers.json      the keys of other clinics, as this box has seen them
 status.json     what the client last took part in
 checkpoints/    the round that is under way, encrypted; empty between rounds
 sums/           the secure sum that is under way, encrypted, and which ones were opened
+renewing.json   what a box without a network asked for, until its new keys are confirmed
 sticks/         what a box without a network remembers from one stick to the next
 client.lock     held by the one program that takes part with this box
 standing.json   under which number it does, and what it was asked last
@@ -43,6 +44,7 @@ from fedpeft_client.link.fleet import read_ca
 from fedpeft_client.reports.status import StatusFile
 from fedpeft_client.rounds.clinic import Clinic, Membership, clinic_of
 from fedpeft_client.settings import CONFIG_FILE, ClientSettings
+from fedpeft_client.sticks.joining import is_joining
 from fedpeft_client.versions.store import AdapterStore
 
 AUDIT_FOLDER = "audit"
@@ -203,10 +205,16 @@ def open_box(directory: Path) -> Box:
     """Read the box in ``directory``.
 
     Raises:
-        EnrolmentError: this directory has not joined a federation, or did so with a
-            release before sealing.
+        EnrolmentError: this directory has not joined a federation, awaits its ticket, or joined
+            with a release before sealing.
         ConfigError: ``client.toml`` cannot be used.
     """
+    if is_joining(directory):
+        raise EnrolmentError(
+            f"{directory} has asked to join and was not admitted yet: bring its request to the "
+            "central site, and with the ticket that comes back run: fedpeft-client ticket FILE "
+            f"{directory}"
+        )
     if not (directory / CONFIG_FILE).is_file():
         raise EnrolmentError(
             f"{directory} has no {CONFIG_FILE}; join a federation first: "

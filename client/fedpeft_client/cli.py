@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from fedpeft.console import ask_passphrase
 from fedpeft.errors import ConfigError, EnrolmentError, FedpeftError, LedgerDamaged
-from fedpeft.storage import write_atomically
+from fedpeft.storage import require_folder, write_atomically
 from fedpeft.watchdog import supervised
 from fedpeft_client.commands import adapters, audit_log, chat, export, keys, serve
 from fedpeft_client.commands import round as rounds
@@ -98,12 +98,17 @@ def join(
     protection = protection_from(keys, Path(), ask)
     settings = ClientSettings(
         clinic=invited.clinic,
-        server=ServerSettings(address=invited.server, federation=invited.federation),
+        server=ServerSettings(
+            address=invited.server,
+            federation=invited.federation,
+            carrier="network" if stick is None else "stick",
+        ),
         model=BoxModelSettings(directory=base.resolve(), fingerprint=invited.fingerprint),
         data=DataSettings(train=train.resolve(), valid=valid and valid.resolve(), format=layout),
         keys=keys,
     )
     if stick is not None:
+        require_folder(stick.parent)
         with joining(directory, invited.clinic, by_stick=True):
             own = ask_to_join(invited, directory, protection, settings_toml(settings), stick)
         program.say(
@@ -126,18 +131,27 @@ def join(
 def check(directory: BoxDirectory = Path()) -> None:
     """Say whether this box can take part: keys, model, data, disk, memory and server.
 
-    Reads everything, writes nothing, and sends the server one request without content.
+    Reads everything, writes nothing, and sends the server one request without content; a box
+    without a network looks at what it keeps from stick to stick instead, and sends nothing.
     """
     from fedpeft_client.box import open_box
     from fedpeft_client.reports.check import check as findings
 
     failed = False
-    for finding in findings(open_box(directory), partial(ask_passphrase, confirm=False)):
+    box = open_box(directory)
+    for finding in findings(box, partial(ask_passphrase, confirm=False)):
         failed = failed or not finding.ok
         program.say(f"{finding.subject:<8} {'ok' if finding.ok else 'PROBLEM'}: {finding.text}")
     if failed:
         raise typer.Exit(FedpeftError.exit_code)
-    program.say(f"this box can take part; run: fedpeft-client start {quote(str(directory))}")
+    place = quote(str(directory))
+    if box.settings.server.carrier == "stick":
+        program.say(
+            "this box can take part; when a file of the central site comes, run: fedpeft-client "
+            f"round run FILE --dir {place}"
+        )
+    else:
+        program.say(f"this box can take part; run: fedpeft-client start {place}")
 
 
 @program.app.command()
@@ -287,6 +301,13 @@ def start(directory: BoxDirectory = Path()) -> None:
     from fedpeft_client.trail import BoxTrail, unlocking
 
     box = open_box(directory)
+    if box.settings.server.carrier == "stick":
+        raise ConfigError(
+            "there is nothing to start on a box without a network (server.carrier in "
+            f"{box.directory / 'client.toml'}): run fedpeft-client round run FILE --dir "
+            f"{quote(str(directory))} with each file of the central site; where there is a network "
+            'now, write carrier = "network"'
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
     if box.settings.limits.threads is not None:

@@ -10,6 +10,7 @@ from fedpeft.config import LARGEST_DELTA, Adversary, ComputeDtype, KeySettings, 
 from fedpeft_client.limits.working_hours import checked_window
 
 CONFIG_FILE = "client.toml"
+Carrier = Literal["network", "stick"]
 Method = Literal["lora", "personal", "base-change"]
 """What a job does: train LoRA factors, keep some of them on the box, change the base model."""
 
@@ -38,6 +39,8 @@ class ServerSettings(Settings):
 
     address: str = Field(pattern=r"^\S+:\d{1,5}$")
     federation: Name
+    carrier: Carrier = "network"
+    """How its messages come: ``stick``, in files that a person carries; nothing is connected."""
 
 
 class LimitSettings(Settings):
@@ -197,6 +200,7 @@ clinic = {_toml(settings.clinic)}
 [server]                      # from the invitation
 address = {_toml(settings.server.address)}
 federation = {_toml(settings.server.federation)}
+carrier = {_toml(settings.server.carrier)}           # "stick": this box has no network
 
 [model]                       # the base model; it must be the federation's
 directory = {_toml(str(settings.model.directory))}

@@ -7,17 +7,14 @@ identity that the invitation pins. Specified in docs/spec/stick.md. Must not kno
 
 import hashlib
 import hmac
-import json
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from fedpeft.errors import StickRefused, WrongSignature
+from fedpeft.sealing.carried import fields_of, lengthened, not_ours, text_of
 from fedpeft.sealing.identity import SIGNATURE_BYTES, Identity, PublicIdentity
 from fedpeft.sealing.possession import prove_possession
 
-SCHEMA: Final = 1
-FILE_LIMIT: Final = 64 << 10
-"""The most bytes that either file has."""
 _TOKEN_DOMAIN: Final = b"fedpeft token proof, version 1\x00"
 _TICKET_DOMAIN: Final = b"fedpeft ticket, version 1\x00"
 
@@ -70,7 +67,7 @@ class JoinRequest:
 
     def to_json(self) -> str:
         """Return the text of the file."""
-        return _text("join-request", asdict(self))
+        return text_of("join-request", asdict(self))
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
@@ -80,9 +77,9 @@ class JoinRequest:
             StickRefused: it is none, or of another release.
         """
         try:
-            return cls(**_fields("join-request", content))
+            return cls(**fields_of("join-request", content))
         except TypeError:
-            raise _not_ours() from None
+            raise not_ours() from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +99,7 @@ class Ticket:
     def to_json(self, server: Identity) -> str:
         """Return the text of the file, signed."""
         signature = server.sign(self._signed).hex()
-        return _text("ticket", {**asdict(self), "signature": signature})
+        return text_of("ticket", {**asdict(self), "signature": signature})
 
     @classmethod
     def from_json(cls, content: bytes, server: PublicIdentity) -> Self:
@@ -111,7 +108,7 @@ class Ticket:
         Raises:
             StickRefused: it is none, of another release, or not signed by ``server``.
         """
-        fields = _fields("ticket", content)
+        fields = fields_of("ticket", content)
         try:
             signature = bytes.fromhex(fields.pop("signature"))
             ticket = cls(**fields)
@@ -119,7 +116,7 @@ class Ticket:
                 raise ValueError
             server.verify(signature, ticket._signed, source="the central site")
         except (KeyError, TypeError, ValueError):
-            raise _not_ours() from None
+            raise not_ours() from None
         except WrongSignature:
             raise StickRefused(
                 "was not signed by the central site of the invitation: nothing was joined; call "
@@ -136,38 +133,9 @@ class Ticket:
             self.keys_expire,
             self.identity_expires,
         )
-        return _TICKET_DOMAIN + _lengthened(*(part.encode() for part in parts))
+        return _TICKET_DOMAIN + lengthened(*(part.encode() for part in parts))
 
 
 def _knowledge(key: bytes, *parts: str) -> bytes:
-    message = _TOKEN_DOMAIN + _lengthened(*(part.encode() for part in parts))
+    message = _TOKEN_DOMAIN + lengthened(*(part.encode() for part in parts))
     return hmac.digest(key, message, "sha256")
-
-
-def _lengthened(*parts: bytes) -> bytes:
-    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
-
-
-def _text(kind: str, fields: dict[str, Any]) -> str:
-    return json.dumps({"fedpeft": kind, "schema": SCHEMA, **fields}, indent=2) + "\n"
-
-
-def _fields(kind: str, content: bytes) -> dict[str, Any]:
-    """Return the fields of a file of ``kind``, all of them text."""
-    try:
-        document: Any = json.loads(content) if len(content) <= FILE_LIMIT else None
-        if document.pop("fedpeft") != kind or document.pop("schema") != SCHEMA:
-            raise ValueError
-        if not all(isinstance(value, str) for value in document.values()):
-            raise ValueError
-        "".join(document.values()).encode()  # JSON can name half a character
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _not_ours() from None
-    return document
-
-
-def _not_ours() -> StickRefused:
-    return StickRefused(
-        "is not the file that is asked for here, or damaged, or of another release: bring an "
-        "unchanged copy"
-    )

@@ -82,8 +82,10 @@ class Protection:
             raise KeyLocked("the passphrase is not valid UTF-8 text: type it again") from None
 
     @classmethod
-    def key_file(cls, path: Path) -> Self:
+    def key_file(cls, path: Path, *, named: str = "--key-file") -> Self:
         """Encrypted with the content of a file, every byte of it.
+
+        ``named`` says where a person gave the path, for messages.
 
         Raises:
             KeyLocked: the file is missing, unreadable, or of an unfit size.
@@ -94,24 +96,32 @@ class Protection:
         except OSError as error:
             reason = (error.strerror or type(error).__name__).lower()
             raise KeyLocked(
-                f"cannot read the key file {path}: {reason}; is the stick plugged in, and is "
-                "key_file in the configuration right?"
+                f"cannot read the key file {path}: {reason}; is its stick plugged in, and is the "
+                f"path right that {named} gives?"
             ) from None
         if len(content) not in KEY_FILE_BYTES:
             raise KeyLocked(
                 f"the key file {path} must have {KEY_FILE_BYTES[0]} to {KEY_FILE_BYTES[-1]} "
-                "bytes: make one of 32 random bytes, or correct key_file in the configuration"
+                "bytes: make one of 32 random bytes if nothing is encrypted with it yet, or "
+                f"correct the path that {named} gives"
             )
         return cls(content, f"the key file {path}")
 
 
-def protection_from(settings: KeySettings, directory: Path, ask: Callable[[], str]) -> Protection:
+def protection_from(
+    settings: KeySettings,
+    directory: Path,
+    ask: Callable[[], str],
+    *,
+    named: str = "key_file in the [keys] table, or --key-file,",
+) -> Protection:
     """Return what the ``[keys]`` table says; ``ask`` is called only for a passphrase.
 
     Args:
         settings: the table.
         directory: where the configuration file lies; a relative ``key_file`` counts from it.
         ask: returns the passphrase, see :func:`fedpeft.console.ask_passphrase`.
+        named: where a person gave the path of the key file, for messages.
 
     Raises:
         KeyLocked: there is no usable passphrase or key file.
@@ -119,7 +129,7 @@ def protection_from(settings: KeySettings, directory: Path, ask: Callable[[], st
     if settings.passphrase:
         return Protection.passphrase(ask())
     if settings.key_file is not None:
-        return Protection.key_file(directory / settings.key_file)
+        return Protection.key_file(directory / settings.key_file, named=named)
     return Protection.none()
 
 
@@ -148,21 +158,21 @@ def load_identity(path: Path, protection: Protection) -> Identity:
     Raises:
         StorageError: the file is missing, or other users of the machine can read it.
         KeyLocked: the secret is missing or wrong, or the file is not encrypted although
-            the configuration says so.
+            a secret was named.
         SealingError: the file is damaged, or of another release.
     """
     content = _parse(_read(path), path)
     encrypted = content["encryption"] == ENCRYPTED
     if encrypted and protection.secret is None:
         raise KeyLocked(
-            f"{path} is encrypted and the configuration names no secret: set passphrase = true "
-            "or key_file in the [keys] table"
+            f"{path} is encrypted and no secret was named: set passphrase or key_file in the "
+            "[keys] table, or give the command --passphrase or --key-file if it has them"
         )
     if not encrypted and protection.secret is not None:
         raise KeyLocked(
-            f"{path} is not encrypted although the configuration asks for {protection.source}, "
-            "so it may have been exchanged: find out why before you use it, or take the setting "
-            "out of the [keys] table"
+            f"{path} is not encrypted although {protection.source} was named for it, so it may "
+            "have been exchanged: find out why before you use it, and only if it is the right one "
+            "take the setting out of the [keys] table, or leave the option out"
         )
     if protection.secret is None:
         seeds = _decoded(content["seeds"], SEED_BYTES, path)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import Adversary
+from fedpeft.counts import counted
 from fedpeft.errors import (
     BadShare,
     InconsistentLists,
@@ -336,8 +337,8 @@ class Aggregation:
             least = max(self._agreed.threshold, self._terms.minimum)
         if count < least:
             raise TooFewClinics(
-                f"{count} clinics are left in the step {self._stage!r} of the secure aggregation "
-                f"where {least} are needed: nothing was revealed"
+                f"{counted(count, 'clinic is', 'clinics are')} left in the step {self._stage!r} of "
+                f"the secure aggregation where {least} are needed: nothing was revealed"
             )
 
     @property

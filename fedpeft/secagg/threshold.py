@@ -9,6 +9,7 @@ Against one that keeps to the protocol t > n/2 is enough.
 from typing import Final
 
 from fedpeft.config import LEAST_SUMMANDS, Adversary
+from fedpeft.counts import counted
 from fedpeft.errors import TooFewClinics, WeakThreshold
 
 MOST_CLINICS: Final = 1000
@@ -26,11 +27,19 @@ def threshold_of(clinics: int, adversary: Adversary, asked: int | None) -> int:
     Raises:
         TooFewClinics: it is more than there are clinics.
     """
-    threshold = max(floor_of(clinics, adversary), asked or 0)
+    floor = floor_of(clinics, adversary)
+    threshold = max(floor, asked or 0)
+    if floor > clinics:
+        raise TooFewClinics(
+            f"{counted(clinics, 'clinic')} answered where a secure sum needs at least {floor}: "
+            "mend what the others gave as reasons, if they were asked, or have more connected"
+        )
     if threshold > clinics:
         raise TooFewClinics(
-            f"{clinics} clinics take part where secure aggregation needs {threshold} to stay to "
-            "the end: have more clinics connected, or lower aggregation.threshold if it is set"
+            f"{clinics} clinics answered where {threshold} were asked to stay to the end: mend "
+            "what the others gave as reasons, have more connected, or ask for no more than "
+            f"{clinics} in aggregation.threshold (with distributed noise in privacy.honest_clinics "
+            f"too); what is below {floor} has no effect"
         )
     return threshold
 
@@ -51,5 +60,7 @@ def require_safe(threshold: int, clinics: int, adversary: Adversary) -> None:
         )
     if threshold > clinics:
         raise TooFewClinics(
-            f"the server asks for a threshold of {threshold} and lists {clinics} clinics"
+            f"the server asks for a threshold of {threshold} and lists "
+            f"{counted(clinics, 'clinic')}, so its sum can never be opened and nothing leaves this "
+            "box: the central site must wait for more clinics, or lower aggregation.threshold"
         )

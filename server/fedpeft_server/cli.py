@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from fedpeft.console import Program
-from fedpeft.errors import ConfigError, StorageError
+from fedpeft.errors import ConfigError
+from fedpeft.storage import require_folder, require_new
 from fedpeft.watchdog import supervised
 from fedpeft_server.commands import audit_log, backup
+from fedpeft_server.commands.renewal import renewal_commands
 from fedpeft_server.commands.round import admission_commands, round_commands
 
 program = Program(
@@ -67,8 +69,7 @@ def invite(
     from fedpeft_server.site.directory import open_site
 
     target = out or Path(f"{name}.invitation.json")
-    if target.exists():
-        raise StorageError(f"{target} exists; name another file with --out")
+    require_new(target)
     site, period = open_site(directory), _seconds(expires)
     invitation = site.enrolments().create_invitation(name, period, fingerprint=site.fingerprint())
     invitation.write(target)
@@ -194,14 +195,17 @@ def start(
     and the results; sends clinics the job and the adapter.
     """
     from fedpeft_server.service import serve_federation
-    from fedpeft_server.site.directory import open_site
+    from fedpeft_server.site.directory import open_site, require_no_box
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
     signal.signal(signal.SIGTERM, _interrupt)
     results = out or directory / "run"
+    require_no_box(directory, f"run fedpeft-client start {quote(str(directory))}")
+    site = open_site(directory, overrides)
+    require_folder(results.parent)
     with supervised():
-        serve_federation(open_site(directory, overrides), results, program.say)
+        serve_federation(site, results, program.say)
     program.say(f"finished; the adapter is in {(results / 'adapter').resolve()}")
 
 
@@ -221,6 +225,7 @@ for command in (backup.backup, backup.restore, backup.verify):
 program.app.add_typer(audit_log.app, name="audit-log")
 program.app.add_typer(round_commands(program), name="round")
 program.app.add_typer(admission_commands(program))
+program.app.add_typer(renewal_commands(program))
 
 
 def run() -> None:

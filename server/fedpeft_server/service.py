@@ -84,7 +84,8 @@ def serve_federation(site: Site, results: Path, say: Callable[[str], None]) -> N
 
     def heard(node: int, reply: Message) -> None:
         # The later steps of a secure sum take moments, and would be five lines a clinic.
-        if reply.metadata.message_type.removesuffix(f".{STAGES[0]}") in KINDS:
+        first = reply.metadata.message_type.removesuffix(f".{STAGES[0]}") in KINDS
+        if first and not reply.has_error():
             say(f"clinic {link.names().get(node, 'unknown')} answered")
 
     with (

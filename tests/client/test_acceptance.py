@@ -41,6 +41,7 @@ def judged(rule: AcceptanceSettings = RULE, **changes: Any):
         "new": Losses(own=1.0, general=2.0),
         "in_use": Losses(own=1.2, general=2.0),
         "base": Losses(own=2.0, general=2.0),
+        "vocabulary": 1000,
     }
     return judge(rule, rival="round-1", **(losses | changes))
 
@@ -107,6 +108,32 @@ def test_without_own_rows_it_is_said_plainly_and_forgetting_still_counts():
     assert "data.valid" in found.reason
     worse = Losses(own=None, general=2.3)
     assert not judged(new=worse, in_use=none, base=none).accepted
+
+
+def test_a_base_model_that_only_guesses_is_told_whatever_the_verdict():
+    base = Losses(own=6.8, general=6.9)  # guessing among 1000 tokens: 6.91
+    taken = judged(base=base)
+    refused = judged(base=base, new=Losses(own=1.3, general=2.0))
+    assert taken.accepted
+    assert not refused.accepted
+    for found in (taken, refused):
+        assert "hardly better than guessing on this clinic's validation rows" in found.reason
+        assert "6.80 and that of guessing among 1000 tokens 6.91" in found.reason
+    general = judged(base=Losses(own=5.0, general=6.9))
+    assert "guessing on general text" in general.reason
+    assert "guessing" not in judged(base=Losses(own=5.0, general=5.0)).reason
+    assert "guessing" in judged(base=Losses(own=5.0, general=5.0), vocabulary=150).reason
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_base_model_that_computes_no_numbers_is_told_and_nothing_is_taken(loss: float):
+    found = judged(base=Losses(own=2.0, general=loss))
+    assert not found.accepted
+    assert "the base model's own loss on general text is no finite number" in found.reason
+    both = judged(base=Losses(own=loss, general=loss), new=Losses(own=loss, general=loss))
+    assert not both.accepted
+    assert "base model's own loss on this clinic's validation rows" in both.reason
+    assert "model.directory" in both.reason
 
 
 # The general rows

@@ -231,6 +231,38 @@ def test_questions_are_read_from_lines_and_from_json(tmp_path: Path):
     assert list(found[2].messages) == turns
 
 
+def test_a_json_array_holds_questions_as_texts_or_objects(tmp_path: Path):
+    file = tmp_path / "q.json"
+    turns = [{"role": "user", "content": "c"}]
+    rows = ["one", {"prompt": "two"}, {"messages": turns}]
+    file.write_text(json.dumps(rows, indent=2), "utf-8")
+    found = read_questions(file)
+    assert [(q.number, q.text) for q in found] == [(1, "one"), (2, "two"), (3, "c")]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "no JSON array of questions"),
+        ("[]", "no JSON array of questions"),
+        (f'{{"prompt": "{SECRET}"}}', "no JSON array of questions"),
+        (f'{{"prompt": "{SECRET}"}}\n{{"prompt": "b"}}', "whose name ends with .jsonl"),
+        ("[" * 200_000, "no JSON array of questions"),
+        (f'["fine", {{"text": "{SECRET}"}}]', "entry 2 of .* is no question"),
+        ('["fine", " "]', "entry 2 of .* is no question"),
+        ('["fine", ["x"]]', "entry 2 of .* is no question"),
+    ],
+)
+def test_a_json_file_of_something_else_says_what_is_expected(
+    content: str, named: str, tmp_path: Path
+):
+    file = tmp_path / "q.json"
+    file.write_text(content, "utf-8")
+    with pytest.raises(DataError, match=named) as refused:
+        read_questions(file)
+    assert SECRET not in str(refused.value)
+
+
 # A batch
 
 
@@ -342,11 +374,22 @@ def test_generate_wants_one_source_of_questions(directory: Path, tmp_path: Path)
 def test_an_unknown_model_is_refused_before_anything_is_answered(directory: Path):
     error = failure("generate", directory, "--prompt", SECRET, "--model", "round-9")
     assert isinstance(error, UnknownAdapter)
-    assert "only base, round-1, round-2" in str(error)
+    assert str(error).endswith("choose one of base, round-1, round-2 with --model")
     assert SECRET not in str(error)
     assert isinstance(
         failure("compare", directory, "--prompt", SECRET, "--model", "round-9"), UnknownAdapter
     )
+
+
+def test_where_answers_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path: Path):
+    box = tmp_path / "no-box"  # so whatever loads it fails in another way
+    for out in (tmp_path, tmp_path / "no-folder" / "a.jsonl"):
+        error = failure("generate", box, "--prompt", SECRET, "--out", out)
+        assert isinstance(error, StorageError)
+        assert f"cannot write {out}: " in str(error)
+    good = tmp_path / "a.jsonl"
+    assert not isinstance(failure("generate", box, "--prompt", "x", "--out", good), StorageError)
+    assert not good.exists()
 
 
 def test_generate_answers_for_programs_and_for_people(directory: Path, engine: Engine):
@@ -394,6 +437,7 @@ def test_compare_shows_base_in_use_and_newest_side_by_side(directory: Path):
 def test_chat_talks_over_stdin_and_stdout(directory: Path):
     done = run("chat", directory, "--max-tokens", 6, text="What is a cat?\n/model base\nAnd now?\n")
     assert done.exit_code == 0
+    assert "a prompt and its answer may have 256 tokens together" in done.stderr
     assert "round-1 answers" in done.stderr
     assert "base answers from now on" in done.stderr
     assert len(done.stdout.strip().splitlines()) >= 2

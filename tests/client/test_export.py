@@ -293,10 +293,23 @@ def full_disk(most: int) -> Generator[None]:
 @pytest.mark.parametrize("form", Format)
 @pytest.mark.usefixtures("traced_once")
 def test_a_full_disk_leaves_nothing(form: Format, most: int, source: Source, tmp_path: Path):
-    with full_disk(most), pytest.raises(StorageError, match="space"):
+    with full_disk(most), pytest.raises(StorageError, match="space") as refused:
         export(source, form, tmp_path / "out", say=silent)
 
+    assert f"cannot write {tmp_path / 'out'}" in str(refused.value)
+    assert "/." not in str(refused.value)  # no hidden folder, which nobody asked for
+    assert "oserror" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_weights_that_do_not_fit_on_the_disk_are_told_in_words(source: Source, tmp_path: Path):
+    with full_disk(1 << 20), pytest.raises(StorageError) as refused:
+        export(source, Format.onnx, tmp_path / "out", say=silent)
+
+    assert f"cannot write {tmp_path / 'out'}: a file could not be written in full" in str(
+        refused.value
+    )
 
 
 def test_a_missing_library_is_named_before_the_work(

@@ -123,8 +123,8 @@ def begun(answer: Answer) -> str:
 # What is refused
 
 
-def test_an_unknown_adapter_is_refused_and_those_that_are_there_are_named(start: Start):
-    with pytest.raises(UnknownAdapter, match=r"'round-9'.*base, round-2, round-3, round-5"):
+def test_an_unknown_adapter_is_refused(start: Start):
+    with pytest.raises(UnknownAdapter, match=r"no adapter 'round-9' that can answer"):
         start().complete(PROMPT, model="round-9", options=SHORT)
 
 

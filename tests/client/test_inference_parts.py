@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,11 +15,14 @@ from fedpeft.errors import BadRequest, InferenceError, StorageError, UnknownAdap
 from fedpeft_client.inference.answers import QueuedAnswer
 from fedpeft_client.inference.api_key import load_api_key
 from fedpeft_client.inference.catalogue import Catalogue
-from fedpeft_client.inference.engine import Piece, Usage
+from fedpeft_client.inference.chat_template import ChatTemplate
+from fedpeft_client.inference.engine import Message, Piece, Sampling, Usage
+from fedpeft_client.inference.frugal import LARGEST_HEAD_BYTES, FrugalConnection
 from fedpeft_client.inference.guard import Guard, is_loopback
 from fedpeft_client.inference.llama_model import Adapter
 from fedpeft_client.inference.model_names import ModelNames
 from fedpeft_client.inference.openai_format import AnswerFormat, parse_chat, parse_text
+from fedpeft_client.inference.prompts import context_line, cut_messages, unknown
 from fedpeft_client.inference.slots import Slot, place, to_empty
 from fedpeft_client.inference.text_stream import TextStream
 from fedpeft_client.inference.watching import stamp
@@ -104,6 +108,123 @@ def test_a_wrong_key_is_refused_from_other_machines(shown: str | None):
 def test_only_addresses_of_this_machine_count_as_such():
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.7", "box.hospital", "")))
+
+
+# What a connection may bring
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def events(connection: FrugalConnection, data: bytes) -> list[Any]:
+    """Return all that a connection reads from ``data``."""
+    connection.receive_data(data)
+    found: list[Any] = []
+    while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+        found.append(event)
+    return found
+
+
+def chunks(size: int, count: int) -> bytes:
+    return (f"{size:x}\r\n".encode() + b"x" * size + b"\r\n") * count
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 260), (1, 100_000), (100, 1000)])
+def test_a_body_in_many_small_parts_is_refused_before_it_is_read(size: int, count: int):
+    connection = FrugalConnection()
+    with pytest.raises(h11.RemoteProtocolError):
+        events(connection, CHUNKED + chunks(size, count))
+    status, text = connection.refusal
+    assert status == 400
+    assert "too many small parts" in text
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 250), (256, 4000), (50_000, 20)])
+def test_a_body_in_parts_as_programs_send_it_is_read(size: int, count: int):
+    found = events(FrugalConnection(), CHUNKED + chunks(size, count) + b"0\r\n\r\n")
+    assert sum(len(each.data) for each in found if isinstance(each, h11.Data)) == size * count
+    assert isinstance(found[-1], h11.EndOfMessage)
+
+
+def test_each_request_of_a_connection_may_have_its_own_parts():
+    connection = FrugalConnection()
+    for _ in range(3):
+        events(connection, CHUNKED + chunks(1, 200) + b"0\r\n\r\n")
+        connection.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
+        connection.send(h11.EndOfMessage())
+        connection.start_next_cycle()
+
+
+def test_a_head_that_is_too_large_is_refused_with_its_own_status():
+    connection = FrugalConnection()
+    with pytest.raises(h11.RemoteProtocolError):
+        events(connection, b"GET / HTTP/1.1\r\n" + b"a:b\r\n" * (LARGEST_HEAD_BYTES // 5))
+    assert connection.refusal[0] == 431
+
+
+# Conversations
+
+
+@pytest.mark.parametrize(
+    ("turns", "named"),
+    [
+        ([], "no messages"),
+        ([("user", "")], "all messages are empty"),
+        ([("system", " "), ("user", "\n\t")], "all messages are empty"),
+        ([("user", "secret"), ("assistant", "secret")], "the last message is the assistant's"),
+    ],
+)
+def test_a_conversation_that_asks_nothing_is_refused(turns: list[tuple[str, str]], named: str):
+    template = ChatTemplate(None, bos="", eos="")
+    with pytest.raises(BadRequest, match=named) as refused:
+        template.prompt([{"role": role, "content": content} for role, content in turns])
+    assert "secret" not in str(refused.value)
+
+
+def test_a_stop_text_without_end_is_refused():
+    with pytest.raises(BadRequest, match="stop has a text of 300 characters"):
+        Sampling(stop=("a" * 300,))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.booleans(), st.integers(8, 200))
+def test_as_few_turns_as_possible_are_left_out(lengths: list[int], system: bool, context: int):
+    turns: list[Message] = [
+        {"role": ("user", "assistant")[at % 2], "content": "x" * length}
+        for at, length in enumerate(lengths)
+    ]
+    first: list[Message] = [{"role": "system", "content": "s" * 5}] if system else []
+    most = context - context // 4
+
+    def tokens(messages: Any) -> list[int]:
+        return [ord(each) for message in messages for each in message["content"]]
+
+    expected = turns
+    while len(tokens([*first, *expected])) > most and len(expected) > 2:
+        expected = expected[2:]
+    assert cut_messages([*first, *turns], tokens, context) == tokens([*first, *expected])
+
+
+def test_a_thousand_turns_are_not_made_tokens_of_a_thousand_times():
+    turns: list[Message] = [{"role": "user", "content": "x"}] * 999
+    asked: list[int] = []
+
+    def tokens(messages: Any) -> list[int]:
+        asked.append(len(messages))
+        return [0] * len(messages)
+
+    assert len(cut_messages(turns, tokens, 64)) == 47
+    assert len(asked) < 15
+
+
+def test_why_the_context_is_shorter_than_the_setting_is_said():
+    assert context_line(4096, 4096).endswith("4096 tokens together (inference.context)")
+    assert "512 tokens together: the base model was trained on no more" in context_line(512, 4096)
+
+
+def test_a_box_without_adapters_says_that_none_has_come_yet():
+    assert "no round has arrived on this box yet" in str(unknown("round-1", ["base"], {}))
+    assert "no round" not in str(unknown("round-1", ["base", "round-2"], {}))
+    assert "cannot be used: torn" in str(unknown("round-1", ["base"], {"round-1": "torn"}))
 
 
 # Requests
@@ -195,7 +316,8 @@ def test_names_of_models_lead_to_versions():
 
 
 @pytest.mark.parametrize(
-    "asked", ["", "round-7", "southfield", "southfield@round-7", "northfield@"]
+    "asked",
+    ["", "round-7", "southfield", "southfield@round-7", "northfield@", "northfield@base"],
 )
 def test_names_of_other_clinics_are_refused(asked: str):
     with pytest.raises(UnknownAdapter):

@@ -7,7 +7,8 @@ import pytest
 
 from fedpeft.errors import EnrolmentError, StickRefused
 from fedpeft.sealing import Identity
-from fedpeft.sealing.join_file import FILE_LIMIT, JoinRequest, Ticket, token_key
+from fedpeft.sealing.carried import FILE_LIMIT
+from fedpeft.sealing.join_file import JoinRequest, Ticket, token_key
 from fedpeft.sealing.possession import check_possession
 
 NORTH, SITE = Identity.generate(), Identity.generate()

@@ -175,6 +175,19 @@ def test_a_key_file_that_is_not_there_is_named(name: str, tmp_path: Path):
         Protection.key_file(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["missing", "short"])
+def test_what_gave_the_path_of_a_key_file_is_what_is_to_be_corrected(name: str, tmp_path: Path):
+    (tmp_path / "short").write_bytes(b"1")
+    with pytest.raises(KeyLocked, match=r"path (right )?that --key-file gives") as caught:
+        Protection.key_file(tmp_path / name)
+    assert "configuration" not in str(caught.value)
+    settings = KeySettings(key_file=Path(name))
+    with pytest.raises(KeyLocked, match=r"key_file in the \[keys\] table"):
+        protection_from(settings, tmp_path, never)
+    with pytest.raises(KeyLocked, match=r"that the letter gives"):
+        protection_from(settings, tmp_path, never, named="the letter")
+
+
 def never() -> str:
     raise AssertionError("asked for a passphrase that is not needed")
 

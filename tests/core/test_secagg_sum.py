@@ -1,6 +1,7 @@
 """Honest runs of a secure sum: whoever leaves when, the rest is summed exactly or not at all."""
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -328,8 +329,25 @@ def test_a_threshold_above_the_floor_is_kept(make_world):
 
 
 def test_a_threshold_that_cannot_be_reached_is_too_few_clinics(make_world):
-    with pytest.raises(TooFewClinics, match="needs 9"):
+    with pytest.raises(TooFewClinics, match="8 clinics answered where 9 were asked to stay"):
         make_world(8, threshold=9).step()
+
+
+@pytest.mark.parametrize("clinics", [0, 1, 2])
+@pytest.mark.parametrize("asked", [None, 5])
+def test_below_the_least_sum_nobody_is_told_to_lower_the_threshold(clinics: int, asked: int | None):
+    with pytest.raises(TooFewClinics, match="needs at least 3: mend what the others") as caught:
+        threshold_of(clinics, "active", asked)
+    assert "aggregation.threshold" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("clinics", "asked"), [(3, 4), (8, 9), (8, 100)])
+def test_the_threshold_that_is_advised_can_be_had(clinics: int, asked: int):
+    with pytest.raises(TooFewClinics) as caught:
+        threshold_of(clinics, "active", asked)
+    found = re.search(r"no more than (\d+) in aggregation\.threshold", str(caught.value))
+    assert found is not None
+    assert threshold_of(clinics, "active", int(found[1])) <= clinics
 
 
 def test_a_clinic_accepts_the_floor_and_no_less():

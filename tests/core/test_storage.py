@@ -9,7 +9,13 @@ import pytest
 
 from fedpeft import storage
 from fedpeft.errors import StorageError
-from fedpeft.storage import write_atomically, write_once
+from fedpeft.storage import (
+    explained,
+    require_folder,
+    require_new,
+    write_atomically,
+    write_once,
+)
 
 
 def fail_with(code: int):
@@ -30,6 +36,66 @@ def test_a_full_disk_leaves_the_old_content_and_no_litter(
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOENT, "check the path"),
+        (errno.ENOTDIR, "a part of it that should be a folder is a file"),
+        (errno.EISDIR, "name a file"),
+        (errno.EEXIST, "name another place"),
+        (errno.EACCES, "check the owner and mode"),
+        (errno.EPERM, "check the owner and mode"),
+        (errno.ENOSPC, "check the disk's free space"),
+        (errno.EDQUOT, "check the disk's free space"),
+        (errno.EFBIG, "the limit on the size of a file"),
+        (errno.EROFS, "mounted read-only"),
+        (errno.EIO, "may be failing"),
+        (errno.ENOTCONN, "check the disk"),
+    ],
+)
+def test_the_advice_fits_what_failed(code: int, advice: str, tmp_path: Path):
+    with pytest.raises(StorageError) as caught, explained("read", tmp_path / "file"):
+        raise OSError(code, os.strerror(code))
+    said, _, told = str(caught.value).partition("; ")
+    assert said == f"cannot read {tmp_path / 'file'}: {os.strerror(code).lower()}"
+    assert advice in told
+    assert ("free space" in told) == (code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def test_an_error_without_a_number_is_explained_too(tmp_path: Path):
+    with (
+        pytest.raises(StorageError, match=r"cannot read .*: oserror; check the disk"),
+        explained("read", tmp_path),
+    ):
+        raise OSError
+
+
+def test_a_folder_that_is_missing_is_named_and_not_made(tmp_path: Path):
+    with pytest.raises(StorageError, match=rf"there is no folder {tmp_path}/stick to write into"):
+        require_folder(tmp_path / "stick")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file is no folder"):
+        require_folder(tmp_path / "file")
+    require_folder(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nowhere"])
+def test_what_stands_there_is_nothing_new(kind: str, tmp_path: Path):
+    path = tmp_path / "there"
+    if kind == "file":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(StorageError, match="there exists; name another file"):
+        require_new(path)
+    with pytest.raises(StorageError, match="there is no folder"):
+        require_new(tmp_path / "missing" / "file")
+    require_new(tmp_path / "file")
 
 
 def test_a_crash_before_the_rename_leaves_the_old_content(

@@ -1,5 +1,6 @@
 """What watches a process is told the truth: alive while it goes on, silent when it hangs."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -85,6 +86,25 @@ def test_a_loop_that_comes_round_is_alive_until_it_stops_doing_so():
 @pytest.mark.usefixtures("systemd")
 def test_a_watcher_that_is_gone_does_not_stop_the_work(tmp_path: Path):
     Watchers(socket=str(tmp_path / "gone"), every_s=None, heartbeat=None).notify("READY=1")
+
+
+def test_a_watcher_that_takes_no_messages_does_not_stop_the_work(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(watchdog, "_PATIENCE_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+        filler.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filler.sendto(b"full", systemd.getsockname())
+    ended = threading.Thread(
+        target=Watchers(socket=systemd.getsockname(), every_s=None, heartbeat=None).notify,
+        args=("STOPPING=1",),
+        daemon=True,
+    )
+    ended.start()
+    ended.join(5)
+    assert not ended.is_alive()
 
 
 def test_systemd_hears_ready_signs_of_life_and_stopping(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -81,9 +81,23 @@ class Nursery:
         self._reader = threading.Thread(target=self._listen, name="nursery")
         self._reader.start()
 
-    def start(self, program: str, output: Path, *arguments: str) -> int:
-        """Start a program that prints into ``output``, and return the number of its process."""
-        order = {"program": program, "output": str(output), "arguments": arguments}
+    def start(
+        self,
+        program: str,
+        output: Path,
+        *arguments: str,
+        dies_at: Mapping[str, str | int] | None = None,
+    ) -> int:
+        """Start a program that prints into ``output``, and return the number of its process.
+
+        It is killed at the line of its audit log that has all facts of ``dies_at``.
+        """
+        order = {
+            "program": program,
+            "output": str(output),
+            "arguments": arguments,
+            "dies_at": dies_at,
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()

@@ -1,10 +1,11 @@
 """A process that has the libraries loaded, and forks one for every program it is asked to run.
 
-Run as a script. A line of JSON on stdin asks for a program (its name, arguments, and the file
-for what it prints); the answers on stdout are lines, ``born NUMBER PID`` and ``dead PID CODE``,
-where a signal that ended a program is a negative code. When stdin ends, so does every program.
-It saves each start the seconds that importing takes, and nothing else: what runs is the whole
-program, in a process of its own, which may be killed.
+Run as a script. A line of JSON on stdin asks for a program (its name, arguments, the file
+for what it prints, and where it shall be killed, if so); the answers on stdout are lines,
+``born NUMBER PID`` and ``dead PID CODE``, where a signal that ended a program is a negative
+code. When stdin ends, so does every program. It saves each start the seconds that importing
+takes, and nothing else: what runs is the whole program, in a process of its own, which may be
+killed.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 _POLL_S = 0.05
@@ -90,6 +92,8 @@ def _become(order: dict[str, Any]) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
+    if order["dies_at"]:
+        _die_at(order["dies_at"])
     if order["program"] == "fedpeft-client":
         from fedpeft_client.cli import program
     else:
@@ -106,6 +110,21 @@ def _become(order: dict[str, Any]) -> NoReturn:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(70)
+
+
+def _die_at(fatal: dict[str, Any]) -> None:
+    """Kill this process (-9) as soon as a line with all these facts stands in an audit log."""
+    from fedpeft.audit_log import AuditLog, Kind, Value
+
+    append = AuditLog.append
+
+    def append_and_die(self: AuditLog, kind: Kind, about: Mapping[str, Value]) -> Any:
+        place = append(self, kind, about)
+        if fatal.items() <= {"kind": kind, **about}.items():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return place
+
+    AuditLog.append = append_and_die
 
 
 if __name__ == "__main__":

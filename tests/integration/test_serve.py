@@ -29,6 +29,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from openai import APIStatusError, OpenAI
 
+from fedpeft.errors import ConfigError
+from fedpeft_client.inference.serving import tls_context
 from tests.client.inference_boxes import arrive, make_box
 
 TURNS: list[Any] = [{"role": "user", "content": "What is the dose of Levothyroxine?"}]
@@ -182,6 +184,9 @@ def test_what_cannot_be_answered_is_refused_with_a_status_that_says_so(
         ("/v1/chat/completions", b"{}", {"Content-Type": "text/plain"}, 415),
         ("/v1/chat/completions", b"", {}, 405),
         ("/v1/models", b"{}", JSON, 405),
+        ("/v1/models/base", b"{}", JSON, 405),
+        ("/v1/models/southfield", b"", {}, 404),
+        ("/v1/models", b"", {"A": "b" * 9000}, 431),
         ("/", b"", {}, 404),
         ("/slots", b"", {}, 404),
         ("/v1/models", b"", {"Host": "attacker.example"}, 403),
@@ -238,6 +243,15 @@ def test_a_disk_that_fills_up_during_conversion_is_told_and_leaves_nothing(tmp_p
     assert [path for path in (box / "inference").rglob("*") if path.is_file()] == []
 
 
+def test_what_is_refused_says_what_can_be_asked_for_by_the_names_of_the_server(served: Served):
+    for model in ("northfield@round-9", "southfield"):
+        with pytest.raises(APIStatusError, match="base, northfield, northfield@round-1, "):
+            ask(served, model=model)
+        with pytest.raises(APIStatusError, match="base, northfield, northfield@round-1, ") as other:
+            served.client().models.retrieve(model)
+        assert (other.value.status_code, other.value.code) == (404, "model_not_found")
+
+
 # What answers
 
 
@@ -251,6 +265,26 @@ def test_the_official_client_lists_models_and_gets_answers_of_each(served: Serve
     assert answers["northfield"].model == "northfield@round-3"
     assert texts["northfield"] == texts["northfield@round-3"]
     assert len({texts[name] for name in names}) == 4
+
+
+def test_the_official_client_looks_up_each_model(served: Served):
+    client = served.client()
+    for name in ("base", "northfield", "northfield@round-2"):
+        assert client.models.retrieve(name).id == name
+
+
+def test_other_methods_are_told_which_ones_there_are(served: Served):
+    url = served.url
+    assert httpx.head(f"{url}/models").status_code == 200
+    assert httpx.options(f"{url}/models").headers["allow"] == "GET, HEAD"
+    assert httpx.get(f"{url}/completions").headers["allow"] == "POST"
+
+
+def test_how_long_a_prompt_and_its_answer_may_be_is_said_at_the_start(serve: Serve):
+    server = serve(rounds=0, context=8192)
+    told = "".join(server.lines)
+    assert "256 tokens together: the base model was trained on no more" in told
+    assert "inference.context = 8192" in told
 
 
 def test_a_stream_has_the_same_text_and_says_what_it_took(served: Served):
@@ -332,6 +366,75 @@ def test_a_thousand_connections_opened_and_left_do_not_keep_others_out(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+TINY_PARTS = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def test_bodies_sent_a_byte_at_a_time_do_not_keep_others_waiting(served: Served):
+    def attack() -> None:
+        for _ in range(20):
+            # Refused in the middle of it, or not taken: both are well.
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(served.address, timeout=5) as one,
+            ):
+                one.sendall(TINY_PARTS + b"1\r\nx\r\n" * 200_000)
+
+    attackers = [threading.Thread(target=attack) for _ in range(4)]
+    for each in attackers:
+        each.start()
+    try:
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert request(served, "/v1/models")[0] == 200
+        assert ask(served, max_tokens=1).choices
+        assert time.monotonic() - began < 20
+    finally:
+        for each in attackers:
+            each.join()
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\x16\x03\x01\x00\r\n\r\n", 400),
+        (TINY_PARTS + b"zzz\r\n", 400),
+        (TINY_PARTS + b"1\r\nx\r\n" * 400, 400),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + b"a:b\r\n" * 50_000, 431),
+    ],
+)
+def test_what_is_no_request_gets_an_error_as_programs_read_it(
+    served: Served, data: bytes, status: int
+):
+    with socket.create_connection(served.address, timeout=60) as connection:
+        connection.sendall(data)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        error = json.loads(response.read(int(response.headers["content-length"])))["error"]
+
+    assert response.status == status
+    assert error["code"] == "unreadable_request"
+
+
+def test_rubbish_after_an_answer_ends_the_connection_and_nothing_is_printed(served: Served):
+    before = len(served.lines)
+    wrong = TINY_PARTS.replace(b"/v1/chat/completions", b"/nowhere")
+    with socket.create_connection(served.address, timeout=60) as connection:
+        connection.sendall(wrong)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 404
+        assert b"unknown_url" in response.read()
+        with contextlib.suppress(ConnectionResetError):
+            connection.sendall(b"zzz\r\n")
+            assert connection.recv(65536) == b""
+
+    assert ask(served, max_tokens=1).choices
+    assert served.lines[before:] == []
+
+
 # Keys
 
 
@@ -350,7 +453,8 @@ def test_beyond_this_machine_a_key_is_made_and_asked_for(serve: Serve):
     assert key not in "".join(server.lines)
 
 
-def test_with_a_certificate_the_connection_is_encrypted(serve: Serve, tmp_path: Path):
+def certified(folder: Path) -> tuple[Path, Path]:
+    """Write a certificate of localhost and its private key, and return their files."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
@@ -365,19 +469,52 @@ def test_with_a_certificate_the_connection_is_encrypted(serve: Serve, tmp_path: 
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    chain, secret = tmp_path / "chain.pem", tmp_path / "key.pem"
+    chain, secret = folder / "chain.pem", folder / "key.pem"
     chain.write_bytes(certificate.public_bytes(Encoding.PEM))
     secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return chain, secret
+
+
+def serve_tls(serve: Serve, folder: Path) -> tuple[Served, ssl.SSLContext]:
+    """Start a server that encrypts, and return it with what trusts it."""
+    chain, secret = certified(folder)
     server = serve(
         "--listen", "127.0.0.1:0", "--certificate", str(chain), "--private-key", str(secret)
     )
-    trusted = ssl.create_default_context(cafile=chain)
+    return server, ssl.create_default_context(cafile=chain)
+
+
+def test_a_certificate_that_is_none_is_refused(tmp_path: Path):
+    chain, secret = certified(tmp_path)
+    for wrong in (make_box(tmp_path / "box", rounds=0) / "client.toml", tmp_path / "missing"):
+        with pytest.raises(ConfigError, match=f"{wrong} .*PEM files that belong together"):
+            tls_context(wrong, secret)
+    assert tls_context(chain, secret)
+
+
+def test_with_a_certificate_the_connection_is_encrypted(serve: Serve, tmp_path: Path):
+    server, trusted = serve_tls(serve, tmp_path)
     url = server.url.replace("127.0.0.1", "localhost")
 
     assert url.startswith("https://")
     assert httpx.get(f"{url}/models", verify=trusted).status_code == 200
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{url}/models".replace("https", "http"))
+
+
+def test_connections_without_a_handshake_do_not_keep_others_out(serve: Serve, tmp_path: Path):
+    server, trusted = serve_tls(serve, tmp_path)
+    hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (700, hard))
+    url = server.url.replace("127.0.0.1", "localhost")
+    before = len(server.lines)
+    _, _, port = url.removesuffix("/v1").rpartition(":")
+    with contextlib.ExitStack() as left:
+        for _ in range(900):
+            left.enter_context(socket.create_connection(("127.0.0.1", int(port)), timeout=60))
+        assert httpx.get(f"{url}/models", verify=trusted, timeout=30).status_code == 200
+
+    assert server.lines[before:] == []
 
 
 # Hot swap, end, and what is printed

@@ -247,7 +247,7 @@ def test_mixed_with_sealed_over_a_restart_and_with_bad_files(
         town.join("clara", by_stick=False)
         with town.running("fedpeft-client", "start", town.box("clara")):
             town.wait_for("evaluate", 2, 0)
-        with pytest.raises(EnrolmentError, match="no clinic named 'clara' is reached by stick"):
+        with pytest.raises(EnrolmentError, match="clinic clara is reached by network"):
             town.export("clara")
         lost, carried = town.export(), town.export()
         assert [one.read_bytes() for one in lost] == [one.read_bytes() for one in carried]

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ class Town:
         output = self.root / "outputs" / name
         return output.read_text("utf-8", errors="replace") if output.exists() else ""
 
-    def start(self, name: str) -> None:
-        """Start the program of the server or a clinic."""
+    def start(self, name: str, dies_at: Mapping[str, str | int] | None = None) -> None:
+        """Start the program of the server or a clinic; ``dies_at`` as of :meth:`Nursery.start`."""
         program = "fedpeft-server" if name == SERVER else "fedpeft-client"
         place = self.site if name == SERVER else self.root / name / "box"
         output = self.root / "outputs" / name
-        self.running[name] = self.nursery.start(program, output, "start", str(place))
+        self.running[name] = self.nursery.start(
+            program, output, "start", str(place), dies_at=dies_at
+        )
 
     def code(self, name: str) -> int | None:
         """Return the code that a program ended with; None: it runs."""
@@ -146,8 +148,13 @@ class Town:
 
 
 @contextlib.contextmanager
-def town(root: Path, model: Path, settings: dict[str, dict[str, Any]]) -> Generator[Town]:
-    """Make a site and three boxes, and let all four programs run."""
+def town(
+    root: Path,
+    model: Path,
+    settings: dict[str, dict[str, Any]],
+    dies_at: Mapping[str, Mapping[str, str | int]] | None = None,
+) -> Generator[Town]:
+    """Make a site and three boxes, and let all four programs run; ``dies_at`` is by name."""
     nursery = Nursery()
     try:
         made = Town(root, model, nursery)
@@ -160,7 +167,7 @@ def town(root: Path, model: Path, settings: dict[str, dict[str, Any]]) -> Genera
         for name in CLINICS:
             made._join(name)
         for name in CLINICS:
-            made.start(name)
+            made.start(name, (dies_at or {}).get(name))
         yield made
     finally:
         nursery.close()

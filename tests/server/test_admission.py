@@ -59,6 +59,20 @@ def test_the_proofs_of_one_request_fit_no_other_keys(enrolments: Enrolments):
     assert enrolments.clinics() == []
 
 
+def test_a_request_in_another_name_than_the_invitation_s_is_refused(enrolments: Enrolments):
+    request = invited(enrolments)
+    with pytest.raises(EnrolmentError, match=r"name of clinic 'south'.* is that of 'north'"):
+        enrolments.admit(dataclasses.replace(request, clinic="south"))
+    assert enrolments.clinics() == []
+    assert enrolments.admit(request) == "north"
+
+
+def test_who_lacks_the_token_does_not_learn_whose_it_is(enrolments: Enrolments):
+    request = asking(f"{invited(enrolments).token_id}.a-guess", NORTH)
+    with pytest.raises(InvitationRefused, match="does not know the invitation"):
+        enrolments.admit(dataclasses.replace(request, clinic="south"))
+
+
 def test_a_request_is_good_until_the_invitation_expires(enrolments: Enrolments):
     request = invited(enrolments)
     with pytest.raises(InvitationRefused, match="has expired"):

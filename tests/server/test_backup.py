@@ -1,7 +1,9 @@
 """Backups of a site: whole or not at all, read back before they count, opened by their key only."""
 
+import errno
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import stat
@@ -97,6 +99,57 @@ def test_a_file_that_exists_is_never_replaced(site: Site, tmp_path: Path):
     assert (tmp_path / "b.backup").read_bytes() == b"older"
 
 
+def test_a_link_to_nowhere_is_no_place_for_a_backup_and_nothing_is_read_for_it(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    link = tmp_path / "b.backup"
+    link.symlink_to(tmp_path / "elsewhere")
+    assert run("backup", str(site.directory), "--out", str(link), "--plain") == 11
+    said = capsys.readouterr().err
+    assert "exists; name another file" in said
+    assert "taking" not in said
+    assert link.is_symlink()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_no_folder_is_made_on_the_way_to_a_backup(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    stick = tmp_path / "stick"
+    out = str(stick / "b.backup")
+    assert run("backup", str(site.directory), "--out", out, "--plain") == 11
+    assert f"there is no folder {stick} to write into" in capsys.readouterr().err
+    assert not stick.exists()
+
+
+def test_what_is_no_site_is_told_from_a_clinic_s_box(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--out", str(tmp_path / "b.backup"), "--plain"]
+    box = tmp_path / "box"
+    box.mkdir()
+    for nothing, why in ((tmp_path / "nowhere", "no such folder"), (box, "no server.toml")):
+        assert run("backup", str(nothing), *options) == 3
+        said = capsys.readouterr().err
+        assert why in said
+        assert "fedpeft-server init made" in said
+    (box / "client.toml").touch()
+    assert run("backup", str(box), *options) == 3
+    said = capsys.readouterr().err
+    assert "is a clinic's box" in said
+    assert "init" not in said
+    assert not (tmp_path / "b.backup").exists()
+
+
+@pytest.mark.parametrize("command", [["verify", "--dir"], ["clinics", "--dir"], ["start"]])
+def test_a_clinic_s_box_is_no_damaged_site(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "client.toml").touch()
+    assert run(*command, str(tmp_path)) == 3
+    assert re.search(r"is a clinic's box.*fedpeft-client", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_what_is_no_plain_file_is_refused_and_nothing_is_left(
     kind: str, site: Site, tmp_path: Path
@@ -106,6 +159,7 @@ def test_what_is_no_plain_file_is_refused_and_nothing_is_left(
         strange.symlink_to("/etc/passwd")
     else:
         os.mkfifo(strange)
+    (tmp_path / "out").mkdir()
     with pytest.raises(StorageError, match=r"run/strange is a link or no plain file"):
         back_up(site, tmp_path / "out" / "b.backup")
     assert list((tmp_path / "out").iterdir()) == []
@@ -115,6 +169,7 @@ def test_a_full_disk_leaves_no_file(site: Site, tmp_path: Path, monkeypatch: pyt
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch, pytest.raises(StorageError, match="no space left"):
         patch.setattr(ChunkWriter, "_put", full)
         back_up(site, tmp_path / "out" / "b.backup")
@@ -130,6 +185,7 @@ def test_what_does_not_read_back_is_not_kept(
         middle = len(data) // 2
         write(self, data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], last=last)
 
+    (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch, pytest.raises(StorageError):
         patch.setattr(ChunkWriter, "_put", failing_disk)
         back_up(site, tmp_path / "out" / "b.backup")
@@ -365,9 +421,56 @@ def test_only_an_empty_folder_is_restored_into(there: str, site: Site, tmp_path:
     else:
         target.mkdir()
         (target / "mine").touch()
-    with pytest.raises(StorageError, match="is not empty"):
+    with pytest.raises(StorageError, match=r"new is (a file|not empty); name a new folder"):
         restored(tmp_path / "b.backup", target)
     assert target.is_file() or [each.name for each in target.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "link to nowhere", "here", "mount", "no"])
+def test_where_a_site_cannot_appear_by_a_rename_nothing_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "new"
+    if kind == "link to a folder":
+        (tmp_path / "empty").mkdir()
+        target.symlink_to(tmp_path / "empty")
+    elif kind == "link to nowhere":
+        target.symlink_to(tmp_path / "nowhere")
+    elif kind == "here":
+        target.mkdir()
+        monkeypatch.chdir(target)
+    elif kind == "mount":
+        target.mkdir()
+
+        def is_target(self: Path) -> bool:
+            return self == target
+
+        monkeypatch.setattr(Path, "is_mount", is_target)
+    else:
+        target = tmp_path / "no" / "new"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match=r"symbolic link|are in, or a mount|no folder .*/no "):
+        # There is no such backup, and that is not what is said.
+        restored(tmp_path / "none.backup", target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    back_up(site, tmp_path / "b.backup")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError) as caught:
+        patch.setattr(os, "fsync", full)
+        restored(tmp_path / "b.backup", tmp_path / "new")
+    said = str(caught.value)
+    assert said.startswith(f"cannot write {tmp_path / 'new'}/")
+    assert "no space left on device; check the disk's free space" in said
+    assert "/.new." not in said
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["b.backup", "site"]
 
 
 def test_an_empty_folder_may_be_restored_into(site: Site, tmp_path: Path):
@@ -382,6 +485,7 @@ def test_a_damaged_backup_restores_nothing(site: Site, tmp_path: Path):
     data = bytearray(out.read_bytes())
     data[len(data) // 2] ^= 1
     out.write_bytes(data)
+    (tmp_path / "place").mkdir()
     with pytest.raises(StorageError, match="is damaged or cut short"):
         restored(out, tmp_path / "place" / "new")
     assert list((tmp_path / "place").iterdir()) == []
@@ -393,6 +497,7 @@ def test_what_was_damaged_before_the_backup_is_not_restored(site: Site, tmp_path
     data[-1] ^= 1
     weights.write_bytes(data)
     back_up(site, tmp_path / "b.backup")
+    (tmp_path / "place").mkdir()
     with pytest.raises(
         EvidenceError, match=r"nothing was restored; .*round 1: its weights are not"
     ):
@@ -618,6 +723,18 @@ def test_a_whole_site_and_its_backup_are_told_to_be_whole(
     found = capsys.readouterr().out
     assert found.startswith("backup\tok\tof federation sea, ")
     assert "damaged" not in found
+
+
+@pytest.mark.parametrize("is_encrypted", [True, False])
+def test_the_command_that_a_backup_tells_to_try_works(
+    is_encrypted: bool, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "my key").write_bytes(bytes(32))
+    secret = ["--key-file", str(tmp_path / "my key")] if is_encrypted else ["--plain"]
+    out = str(tmp_path / "b.backup")
+    assert run("backup", str(site.directory), "--out", out, *secret) == 0
+    told = capsys.readouterr().err.split("try it: fedpeft-server ")[1]
+    assert run(*shlex.split(told)) == 0
 
 
 def test_a_half_written_round_is_no_damage(site: Site, capsys: pytest.CaptureFixture[str]):

@@ -86,7 +86,7 @@ def test_invitation_file_holds_what_a_clinic_needs(enrolments, tmp_path):
 def test_invitation_file_is_never_replaced(enrolments, tmp_path):
     (tmp_path / "anna.json").write_text("mine")
 
-    with pytest.raises(StorageError, match="choose another file name"):
+    with pytest.raises(StorageError, match="file exists; what stands there is kept"):
         enrolments.create_invitation("anna", HOUR_S, fingerprint=BASE).write(tmp_path / "anna.json")
 
 

@@ -143,16 +143,42 @@ def test_key_file_of_the_command_line_is_kept_as_an_absolute_path(
     site = open_site(tmp_path / "site")
     assert site.identity.public.fingerprint in told
     stick.unlink()
-    with pytest.raises(KeyLocked, match="cannot read the key file"):
+    with pytest.raises(KeyLocked, match=r"cannot read the key file.* server\.toml gives"):
         _ = open_site(tmp_path / "site").identity
 
 
 def test_missing_key_file_and_two_locks_make_nothing(tmp_path, stick, capsys):
     options = ("init", tmp_path / "site", "--address", "localhost:1", "--key-file")
 
-    assert run(capsys, *options, tmp_path / "absent")[0] == KeyLocked.exit_code
+    code, _, told = run(capsys, *options, tmp_path / "absent")
+    assert code == KeyLocked.exit_code
+    assert "path right that --key-file gives" in told
+    assert ".toml" not in told
     assert run(capsys, *options, stick, "--passphrase")[0] == ConfigError.exit_code
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("where", ["taken", "taken/site", "missing/site", "nowhere"])
+def test_a_site_is_made_in_a_folder_that_is_there_and_in_no_other_s_place(where, tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.iterdir())
+
+    code, _, told = run(capsys, "init", tmp_path / where, "--address", "localhost:1")
+
+    assert code == StorageError.exit_code
+    assert "defect" not in told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_invitation_goes_into_a_folder_that_is_there(site, tmp_path, capsys):
+    code, _, told = run(
+        capsys, "invite", "anna", "--dir", site.directory, "--out", tmp_path / "stick" / "a.json"
+    )
+
+    assert code == StorageError.exit_code
+    assert f"there is no folder {tmp_path / 'stick'} to write into" in told
+    assert site.enrolments().invitations() == []
 
 
 def test_clinics_are_listed_with_their_fingerprints(site, capsys):

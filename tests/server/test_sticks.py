@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from fedpeft.config import AdapterSettings, PrivacySettings, TrainingSettings
-from fedpeft.errors import StickRefused, StorageError
+from fedpeft.errors import EnrolmentError, StickRefused, StorageError
 from fedpeft.protocol import CONTENT_KEY, JOB, Job, Payload, SumTerms
 from fedpeft.protocol.stick_file import StickFile, parse_stick_file
 from fedpeft.sealing import SERVER, Context, Identity, clinic_role, seal
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.site.lock import only_server
+from fedpeft_server.sticks.carrying import Carrying
 from fedpeft_server.sticks.post import StickPost
+from tests.server.sites import enrol
 
 SITE, NORTH = Identity.generate(), Identity.generate()
 JOB_TEXT = Job(
@@ -253,3 +257,72 @@ def test_people_are_told_once_that_a_clinic_is_asked(office: Office):
     office.ask(place_of(), work())
     assert office.told == ["north"]
     assert {path.stat().st_mode & 0o777 for path in (office.folder / "sticks").iterdir()} == {0o700}
+
+
+# What is said when there is nothing to carry
+
+
+@pytest.fixture
+def enrolments(tmp_path: Path) -> Enrolments:
+    found = Enrolments(
+        tmp_path / "enrolment.db",
+        federation="sea",
+        server="localhost:1",
+        ca_pem="a certificate",
+        identity=SITE.public,
+    )
+    enrol(found, "north")
+    enrol(found, "south")
+    return found
+
+
+def exported(folder: Path, enrolments: Enrolments, *names: str) -> str:
+    """Say why nothing is exported for ``names``; "" if something is."""
+    (out := folder / "stick").mkdir(exist_ok=True)
+    carrying = Carrying(folder, enrolments)
+    return "" if carrying.export(names, out) else carrying.why_nothing(names)
+
+
+def test_why_nothing_is_exported_is_one_sentence_for_each_reason(
+    office: Office, enrolments: Enrolments
+):
+    folder = office.folder
+    assert "no clinic is reached by stick" in exported(folder, enrolments)
+    enrolments.carry("north", "stick")
+    enrolments.carry("south", "stick")
+    office.ask(place_of("train.keys"))
+    # A step of a sum is worth nothing without the server that asked.
+    assert "no server is running" in exported(folder, enrolments)
+    with only_server(folder):
+        assert not exported(folder, enrolments)
+        assert "nothing waits for south: " in exported(folder, enrolments, "south")
+        office.bring(answered(office.exported()))
+        assert "the answer of north is here already" in exported(folder, enrolments)
+        assert "nothing waits for south: " in exported(folder, enrolments, "south")
+
+
+def test_a_question_without_a_server_is_exported_where_its_answer_will_fit(
+    office: Office, enrolments: Enrolments
+):
+    enrolments.carry("north", "stick")
+    office.ask(place_of(), work())
+    assert not exported(office.folder, enrolments)
+
+
+def test_who_is_unknown_and_who_is_on_the_network_are_told_apart(
+    office: Office, enrolments: Enrolments
+):
+    with pytest.raises(EnrolmentError, match="no clinic named 'west' takes part"):
+        exported(office.folder, enrolments, "west")
+    with pytest.raises(EnrolmentError, match=r"reached by network: .* carrier north stick"):
+        exported(office.folder, enrolments, "north")
+
+
+def test_nothing_is_exported_into_a_folder_that_is_not_there(
+    office: Office, enrolments: Enrolments, tmp_path: Path
+):
+    enrolments.carry("north", "stick")
+    office.ask(place_of(), work())
+    with pytest.raises(StorageError, match="there is no folder"):
+        Carrying(office.folder, enrolments).export([], tmp_path / "unplugged")
+    assert not (tmp_path / "unplugged").exists()

@@ -34,7 +34,9 @@ _CutPrompt = Annotated[
 _Prompt = Annotated[str | None, typer.Option(help="one question")]
 _File = Annotated[
     Path | None,
-    typer.Option(help="questions, one a line; JSON lines if the name ends with .jsonl"),
+    typer.Option(
+        help="questions, one a line; JSON lines in a .jsonl file, a JSON array in a .json file"
+    ),
 ]
 _AsJson = Annotated[bool, typer.Option("--json", help="for programs: one object a line")]
 
@@ -54,11 +56,13 @@ def chat(
     of what is said, and sends nothing. Ctrl-C stops an answer, and once more ends.
     """
     from fedpeft_client.inference.conversation import HELP, Conversation, Terminal
+    from fedpeft_client.inference.prompts import context_line
 
     options = _sampling(max_tokens, temperature, seed, cut_prompt)
-    with _engine(directory) as (_, engine):
+    with _engine(directory) as (box, engine):
         if model is not None:
             _require_model(engine, model)
+        program.say(context_line(engine.context, box.settings.inference.context))
         program.say(f"{model or engine.default} answers; {HELP}")
         terminal = Terminal(ask=_ask, show=_show, say=program.say)
         Conversation(engine, terminal, options, model).hold()
@@ -89,9 +93,11 @@ def generate(
 
     options = _sampling(max_tokens, temperature, seed, cut_prompt)
     questions = _questions(prompt, file)
+    kept = out and AnswerFile(out)
+    if kept:
+        kept.require_writable()
     with _engine(directory) as (box, engine):
         asking = Asking(model=_require_model(engine, model or engine.default), options=options)
-        kept = out and AnswerFile(out)
         left = kept.left(questions, asking) if kept else questions
         if len(left) < len(questions):
             program.say(f"{len(questions) - len(left)} answers are in {out} already; going on")
@@ -169,13 +175,12 @@ def _require_model(engine: "Engine", name: str) -> str:
         UnknownAdapter: it cannot; the sentence names those that can.
     """
     from fedpeft.errors import UnknownAdapter
+    from fedpeft_client.inference.prompts import unknown
 
     models = engine.models()
     if name not in models:
-        raise UnknownAdapter(
-            f"this box has no adapter {name!r} that can answer, only {', '.join(models)}: choose "
-            "one of these with --model"
-        )
+        choices = f"{'one of ' if len(models) > 1 else ''}{', '.join(models)}"
+        raise UnknownAdapter(f"{unknown(name, models, {})}: choose {choices} with --model")
     return name
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpeft.console import ask_passphrase
-from fedpeft.errors import StickRefused, StorageError
-from fedpeft.storage import explained, write_atomically
+from fedpeft.errors import StickRefused
+from fedpeft.storage import write_atomically
 from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
@@ -28,22 +28,50 @@ def ticket(
     file: Annotated[Path, typer.Argument(help="the file of `fedpeft-server admit`")],
     directory: BoxDirectory = Path(),
 ) -> None:
-    """Complete a join by stick with the ticket of the central site.
+    """Take in what the central site answers to a request by stick: to join, or to renew keys.
 
-    Reads the ticket and DIR/joining.json; writes DIR (server.identity, ca.pem, client.toml);
-    sends nothing.
+    Reads the file and DIR/joining.json or DIR/renewing.json; writes DIR (server.identity,
+    ca.pem, client.toml; of a renewal key.pem, identity.key, membership.json and DIR/audit); sends
+    nothing.
     """
+    from fedpeft_client.sticks.joining import is_joining, require_asked
+    from fedpeft_client.sticks.renewing import is_renewing
+
+    if is_joining(directory):
+        _join(file, directory)
+        return
+    if not is_renewing(directory):
+        require_asked(directory)
+    _renew(file, directory)
+
+
+def _join(ticket_file: Path, directory: Path) -> None:
     from fedpeft_client.settings import CONFIG_FILE
     from fedpeft_client.sticks.joining import take_ticket
     from fedpeft_client.trail import joined
 
-    invitation = take_ticket(file, directory)
+    invitation = take_ticket(ticket_file, directory)
     joined(directory, invitation.clinic)
     program.say(
         f"joined federation {invitation.federation} as {invitation.clinic}; look at "
-        f"{directory / CONFIG_FILE}, then wait for the first stick and run: fedpeft-client round "
-        f"run FILE --dir {quote(str(directory))}"
+        f"{directory / CONFIG_FILE}, then run: fedpeft-client check {quote(str(directory))}"
     )
+
+
+def _renew(confirmation: Path, directory: Path) -> None:
+    from fedpeft_client.box import open_box
+    from fedpeft_client.box_lock import only_program
+    from fedpeft_client.commands.keys import tell_renewed
+    from fedpeft_client.sticks.renewing import take_confirmation
+
+    box = open_box(directory)
+    before = box.server_identity
+    with only_program(directory):
+        protection = box.protection(partial(ask_passphrase, confirm=False))
+        renewed = take_confirmation(box, protection, confirmation)
+    tell_renewed(renewed)
+    if (server := box.server_identity) != before:
+        program.say(f"the server's identity was renewed too; it is now {server.fingerprint}")
 
 
 @_round.command()
@@ -71,25 +99,26 @@ def run(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
     box = open_box(directory)
-    if not box.ca.is_file():
-        raise StickRefused(
-            f"{directory} has not been admitted yet: bring the ticket of the central site, and run "
-            "fedpeft-client ticket"
-        )
     # The file holds an adapter and a little beside it.
     limit = (box.settings.limits.max_message_mb << 20) + (1 << 20)
     with only_program(directory):
         try:
-            answered = _answered(box, read_stick_file(question, limit))
+            read = read_stick_file(question, limit)
+            target, answered = _answered(box, read, out or question.parent)
         except StickRefused as error:
             raise StickRefused(f"{question} {error}") from None
-        target = _target(out or question.parent, answered)
         write_atomically(target, answered.content, mode=0o600)
     _tell(target, answered)
 
 
-def _answered(box: "Box", read: "ReadFile") -> "Answered":
-    """Answer a file with the app that answers the network, and keep what that keeps."""
+def _answered(box: "Box", read: "ReadFile", out: Path) -> tuple[Path, "Answered"]:
+    """Answer a file with the app that answers the network, and keep what that keeps.
+
+    Returns:
+        The file to write, in the folder ``out`` or ``out`` itself, and what goes into it.
+    """
+    from fedpeft.sealing.keyfile import load_identity
+    from fedpeft_client.keys.key_life import expiry_warnings
     from fedpeft_client.limits.processors import bound_processors
     from fedpeft_client.rounds.app import ClinicDesk, build_client_app
     from fedpeft_client.rounds.mailbox import Mailbox
@@ -97,14 +126,22 @@ def _answered(box: "Box", read: "ReadFile") -> "Answered":
     from fedpeft_client.rounds.work import ClinicWork
     from fedpeft_client.sticks.answering import StickDesk, own_question
     from fedpeft_client.sticks.memory import KeptPlaces, KeptShelf, StickMemory
+    from fedpeft_client.sticks.outlet import answer_path, require_outlet
+    from fedpeft_client.sticks.renewing import require_confirmed
     from fedpeft_client.trail import BoxTrail, unlocking
 
     if box.settings.limits.threads is not None:
         bound_processors(box.settings.limits.threads)
     with unlocking(box.audit):
-        identity = box.load_identity(partial(ask_passphrase, confirm=False))
+        protection = box.protection(partial(ask_passphrase, confirm=False))
+        identity = load_identity(box.identity_path, protection)
+    for warning in expiry_warnings(box.directory, box.ca):
+        program.say(f"warning: {warning}")
     clinic = box.clinic(identity)
     question = own_question(clinic, read)
+    require_confirmed(box, question, protection)
+    target = answer_path(out, question)
+    require_outlet(target, question)
     memory = StickMemory(box.directory, identity)
     trail = BoxTrail.open(box.audit, clinic, program.say)
     desk = ClinicDesk(
@@ -119,21 +156,8 @@ def _answered(box: "Box", read: "ReadFile") -> "Answered":
     )
     limit = box.settings.limits.max_message_mb << 20
     with trail.session():
-        return StickDesk(clinic, build_client_app(desk), memory, trail, limit).answer(question)
-
-
-def _target(out: Path, answered: "Answered") -> Path:
-    """Return the file to write: ``out``, or if that is a folder, one in it.
-
-    Raises:
-        StorageError: a file of that name holds something else.
-    """
-    if out.is_dir():
-        return out / answered.file.name
-    with explained("read", out):
-        if out.exists() and out.read_bytes() != answered.content:
-            raise StorageError(f"{out} exists; name another file with --out")
-    return out
+        app = build_client_app(desk)
+        return target, StickDesk(clinic, app, memory, trail, limit).answer(question)
 
 
 def _tell(target: Path, answered: "Answered") -> None:

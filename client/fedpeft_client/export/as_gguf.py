@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fedpeft.errors import ExportDiffers
+from fedpeft.errors import ExportDiffers, ModelError
 from fedpeft.gguf_format import Quantisation, read_header, write_base
 from fedpeft_client.export.as_merged import write_model
 from fedpeft_client.export.companions import copy_licence
@@ -31,7 +31,11 @@ def write(
         merged = Path(name)
         check = write_model(source, merged, say, also_needed=1.0)
         say(f"converting to GGUF ({quantisation})")
-        write_base(merged, folder / MODEL_FILE, quantisation)
+        try:
+            write_base(merged, folder / MODEL_FILE, quantisation)
+        except ModelError as error:
+            # What cannot be converted of it is the base model's.
+            raise type(error)(str(error).replace(str(merged), str(source.base))) from error
     copy_licence(source.base, folder)
     found = read_header(folder / MODEL_FILE)
     if found.quantisation != quantisation or found.is_adapter:

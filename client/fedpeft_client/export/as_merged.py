@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fedpeft.errors import StorageError
 from fedpeft_client.export.companions import copy_licence, copy_tokenizer
 from fedpeft_client.export.folder import require_space
 from fedpeft_client.export.merging import merge
@@ -39,10 +38,7 @@ def write_model(
     try:
         merged.network.save_pretrained(folder)
     except SafetensorError as error:
-        raise StorageError(
-            f"cannot write the merged model into {folder.parent} ({error}); check the disk's free "
-            "space and permissions"
-        ) from None
+        raise OSError(str(error)) from None  # as of other writers, which have no number either
     copy_tokenizer(source.base, merged.tokenizer, merged.embeddings, folder)
     copy_licence(source.base, folder)
     expected = merged.expected

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedpeft.errors import StorageError
+from fedpeft.errors import FedpeftError, StorageError
 from fedpeft.storage import explained, sync_directory
 
 
@@ -18,6 +18,8 @@ def new_folder(out: Path) -> Generator[Path]:
     Otherwise it is removed with all that is in it. Only its owner may read it: an adapted
     model can give away text of the records that it was trained on.
 
+    Errors of the body name ``out`` where they would name the hidden folder.
+
     Raises:
         StorageError: ``out`` holds something, is a mounted disk, or cannot be written.
     """
@@ -27,12 +29,34 @@ def new_folder(out: Path) -> Generator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            yield staged
+            with _named(staged, out):
+                yield staged
             _sync(staged)
             staged.replace(out)
             sync_directory(out.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _named(staged: Path, out: Path) -> Generator[None]:
+    """Let errors name ``out``, which a person asked for and knows.
+
+    Raises:
+        StorageError: a library says only that a file could not be written, not why.
+    """
+    try:
+        yield
+    except FedpeftError as error:
+        text = str(error).replace(str(staged), str(out))
+        raise type(error)(text) from error
+    except OSError as error:
+        if error.strerror is not None:
+            raise
+        raise StorageError(
+            f"cannot write {out}: a file could not be written in full; check the disk's free "
+            "space (df -h), and name a folder on another disk with --out if it is full"
+        ) from error
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

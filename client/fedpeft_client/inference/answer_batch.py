@@ -98,6 +98,18 @@ class AnswerFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def require_writable(self) -> None:
+        """Check before the work that answers can be written; leaves the file as it was.
+
+        Raises:
+            StorageError: they cannot.
+        """
+        with explained("write", self._path):
+            fresh = not self._path.exists()
+            os.close(self._opened())
+            if fresh:
+                self._path.unlink()
+
     def left(self, questions: Sequence[Question], asking: Asking) -> list[Question]:
         """Return the questions that the file does not answer yet, after mending its last line.
 
@@ -122,13 +134,15 @@ class AnswerFile:
         """
         line = json.dumps(answered, ensure_ascii=False) + "\n"
         with explained("write", self._path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            descriptor = os.open(self._path, flags, _PRIVATE)
-            with os.fdopen(descriptor, "ab") as file:
+            with os.fdopen(self._opened(), "ab") as file:
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
             sync_directory(self._path.parent)
+
+    def _opened(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        return os.open(self._path, flags, _PRIVATE)
 
     def _whole_lines(self) -> list[bytes]:
         """Return the lines, and cut off one that a kill left without its end."""

@@ -54,8 +54,8 @@ class ChatTemplate:
         """Return the text after which the model's answer begins.
 
         Raises:
-            BadRequest: there are no messages, one has an unknown role or no text, or the
-                template refuses their order.
+            BadRequest: there are no messages, one has an unknown role or no text, all are
+                blank, the last one is the assistant's, or the template refuses their order.
         """
         if not messages:
             raise BadRequest("there are no messages; give at least one from the user")
@@ -65,6 +65,15 @@ class ChatTemplate:
                     f"message {number} needs a role, one of {', '.join(ROLES)}, and a content "
                     "that is text"
                 )
+        if not any(message["content"].strip() for message in messages):
+            raise BadRequest("all messages are empty: write what the model should answer")
+        # A template ends a turn before it begins the next, and two answers on end were
+        # never seen in training.
+        if messages[-1]["role"] == "assistant":
+            raise BadRequest(
+                "the last message is the assistant's: end with one of the user's, or let a text "
+                "be continued (POST /v1/completions)"
+            )
         turns = [{"role": each["role"], "content": each["content"]} for each in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True)

@@ -7,7 +7,7 @@ boxes nor how answers are computed.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedpeft.errors import BadRequest, PromptTooLong, UnknownAdapter
+from fedpeft.errors import BadRequest, FedpeftError, PromptTooLong, UnknownAdapter
 from fedpeft_client.inference.engine import Engine, Message, Sampling
 
 HELP = "/reset begins anew, /model NAME asks another version, Ctrl-C stops an answer, /end ends"
@@ -61,7 +61,7 @@ class Conversation:
             self._model = value.strip()
             say(f"{self._model} answers from now on, with the conversation so far")
         elif name == "/model":
-            say(f"choose one of {', '.join(self._engine.models())}, as in: /model base")
+            say(self._choices())
         else:
             say(HELP)
 
@@ -71,13 +71,20 @@ class Conversation:
             answer = self._answer()
         except (BadRequest, PromptTooLong, UnknownAdapter) as error:
             self._turns.pop()
-            too_long = isinstance(error, PromptTooLong)
-            self._terminal.say(f"{error} (/reset begins anew)" if too_long else str(error))
+            self._terminal.say(f"{error}{self._hint(error)}")
             return
         if answer:
             self._turns.append({"role": "assistant", "content": answer})
         else:
             self._turns.pop()  # so that user and assistant alternate
+
+    def _hint(self, error: FedpeftError) -> str:
+        if isinstance(error, PromptTooLong):
+            return " (/reset begins anew)"
+        return f"; {self._choices()}" if isinstance(error, UnknownAdapter) else ""
+
+    def _choices(self) -> str:
+        return f"choose one of {', '.join(self._engine.models())}, as in: /model base"
 
     def _answer(self) -> str:
         """Show an answer as it comes, up to its end or to Ctrl-C, and return it."""

@@ -16,6 +16,8 @@ Finish: TypeAlias = Literal["stop", "length"]
 """Why an answer ended: the model or a stop text ended it, or ``max_tokens`` or the context did."""
 
 _MOST_STOPS = 8
+_LONGEST_STOP = 256
+"""Characters: each token is compared with every beginning of a stop text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,10 @@ class Sampling:
             raise BadRequest(f"seed is {self.seed}; choose one from 0 to {(1 << 32) - 1}")
         if len(self.stop) > _MOST_STOPS:
             raise BadRequest(f"stop has {len(self.stop)} texts; give at most {_MOST_STOPS}")
+        if (longest := max(map(len, self.stop), default=0)) > _LONGEST_STOP:
+            raise BadRequest(
+                f"stop has a text of {longest} characters; give at most {_LONGEST_STOP}"
+            )
         if not all(self.stop):
             raise BadRequest("stop has an empty text, which would end every answer: leave it out")
 
@@ -137,7 +143,8 @@ class Engine(Protocol):
 
         Raises:
             UnknownAdapter: there is no such version, or it was removed.
-            BadRequest: the base model's chat template refuses the roles.
+            BadRequest: the conversation says nothing, or ends with an answer, or the base
+                model's chat template refuses the roles.
             PromptTooLong: the prompt leaves no room for an answer in the context.
         """
         ...

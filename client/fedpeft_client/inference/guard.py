@@ -17,11 +17,12 @@ _OWN_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 @dataclass(frozen=True)
 class Refusal:
-    """An HTTP status, a word for programs and a sentence for people."""
+    """An HTTP status, a word for programs and a sentence for people; maybe headers beside them."""
 
     status: int
     code: str
     text: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

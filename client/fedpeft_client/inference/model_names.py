@@ -22,16 +22,17 @@ class ModelNames:
         if asked == BASE:
             return BASE
         clinic, at, version = asked.partition("@")
-        if clinic != self.clinic or bool(at) != bool(version):
-            raise UnknownAdapter(
-                f"there is no model {asked[:100]!r} here: ask for {BASE!r}, {self.clinic!r}, or "
-                f"a version such as '{self.clinic}@round-1'"
-            )
+        if clinic != self.clinic or bool(at) != bool(version) or version == BASE:
+            raise UnknownAdapter(f"this server has no model {asked[:100]!r}")
         return version or None
 
     def shown(self, version: str) -> str:
         """Return the whole name of what answers."""
         return BASE if version == BASE else f"{self.clinic}@{version}"
+
+    def explained(self, error: UnknownAdapter, engine: Engine) -> UnknownAdapter:
+        """Return ``error`` with the names that can be asked for instead."""
+        return UnknownAdapter(f"{error}: ask for one of {', '.join(self.all(engine))}")
 
     def all(self, engine: Engine) -> list[str]:
         """Return every name that can be asked for now."""

@@ -231,8 +231,12 @@ def usage_format(usage: Usage) -> dict[str, Any]:
 
 def models_format(names: list[str]) -> dict[str, Any]:
     """Return the list of models."""
-    owned = {"object": "model", "created": 0, "owned_by": "fedpeft"}
-    return {"object": "list", "data": [{"id": name, **owned} for name in names]}
+    return {"object": "list", "data": [model_format(name) for name in names]}
+
+
+def model_format(name: str) -> dict[str, Any]:
+    """Return one model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "fedpeft"}
 
 
 def error_format(text: str, code: str, *, status: int) -> dict[str, Any]:

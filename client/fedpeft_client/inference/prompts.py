@@ -1,4 +1,4 @@
-"""What all engines say and do alike about prompts that are too long and names that are unknown.
+"""What all engines say and do alike: prompts that are too long, names that are unknown, context.
 
 Must not know how tokens are made.
 """
@@ -6,6 +6,7 @@ Must not know how tokens are made.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedpeft.errors import PromptTooLong, UnknownAdapter
+from fedpeft_client.inference.catalogue import BASE
 from fedpeft_client.inference.engine import Message
 
 
@@ -23,23 +24,48 @@ def cut_messages(
     still alternate. At least a quarter of the context is left for the answer where that
     is possible. What is too long even so is returned as it is.
     """
-    system = [each for each in messages if each.get("role") == "system"][:1]
-    turns = [each for each in messages if each not in system]
     found = tokens(messages)
-    while len(found) > room(context) and len(turns) > 2:
-        turns = turns[2:]
-        found = tokens([*system, *turns])
+    if len(found) <= room(context):
+        return found
+    first = next((at for at, each in enumerate(messages) if each.get("role") == "system"), None)
+    system = [] if first is None else [messages[first]]
+    turns = [each for at, each in enumerate(messages) if at != first]
+    # The fewest pairs, found by halving: a thousand turns are made tokens of ten times.
+    fewest, most = 1, (len(turns) - 1) // 2
+    if most < 1:
+        return found
+    found = tokens([*system, *turns[2 * most :]])
+    while fewest < most:
+        middle = (fewest + most) // 2
+        shorter = tokens([*system, *turns[2 * middle :]])
+        if len(shorter) <= room(context):
+            found, most = shorter, middle
+        else:
+            fewest = middle + 1
     return found
 
 
 def unknown(name: str, models: Iterable[str], broken: Mapping[str, str]) -> UnknownAdapter:
-    """Return the error for a name that cannot answer, with the reason if one is known."""
+    """Return the error for a name that cannot answer, with the reason if one is known.
+
+    What can be asked for instead is called by other names in other places, so whoever
+    shows the error adds them.
+    """
     if name in broken:
         return UnknownAdapter(f"the adapter {name} cannot be used: {broken[name]}")
-    return UnknownAdapter(
-        f"this box has no adapter {name!r} that can answer, only {', '.join(models)}: "
-        "choose one of these"
-    )
+    if not set(models) - {BASE}:
+        return UnknownAdapter(
+            f"no round has arrived on this box yet, so it has no adapter {name!r}"
+        )
+    return UnknownAdapter(f"this box has no adapter {name!r} that can answer")
+
+
+def context_line(context: int, asked: int) -> str:
+    """Say how long a prompt and its answer may be, and why that is less than was ``asked`` for."""
+    line = f"a prompt and its answer may have {context} tokens together"
+    if context >= asked:
+        return f"{line} (inference.context)"
+    return f"{line}: the base model was trained on no more (inference.context = {asked})"
 
 
 def too_long(tokens: int, context: int, *, cut: bool) -> PromptTooLong:

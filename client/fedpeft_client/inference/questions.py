@@ -12,7 +12,8 @@ from typing import Any, cast
 from fedpeft.errors import DataError
 from fedpeft_client.inference.engine import Message
 
-_JSON = (".jsonl", ".ndjson", ".json")
+_JSON_LINES = (".jsonl", ".ndjson")
+_JSON = ".json"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -43,26 +44,29 @@ def question_of(text: str, number: int = 1) -> Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a file: JSON lines if its name ends with ``.jsonl``, else a question a line.
+    """Read a file: JSON lines (``.jsonl``), one JSON array (``.json``), else a question a line.
 
     A JSON line is an object with ``prompt`` or ``question`` (a text), or with ``messages``
     (turns with ``role`` and ``content``, the last by the user). Empty lines are left out.
+    An array holds such objects, or texts.
 
     Raises:
-        DataError: the file cannot be read, holds no question, or a line that is none.
+        DataError: the file cannot be read, holds no question, or something that is none.
     """
     try:
-        # Not splitlines: it also cuts where Unicode has marks of its own, which JSON may hold.
-        lines = path.read_text("utf-8-sig").split("\n")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = (getattr(error, "strerror", None) or "").lower() or "it is not UTF-8 text"
         raise DataError(f"cannot read questions from {path}: {why}") from None
-    as_json = path.suffix.lower() in _JSON
+    if path.suffix.lower() == _JSON:
+        return _array(path, text)
+    as_json = path.suffix.lower() in _JSON_LINES
     found: list[Question] = []
-    for number, line in enumerate(lines, 1):
+    # Not splitlines: it also cuts where Unicode has marks of its own, which JSON may hold.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        question = _from_json(line, number) if as_json else question_of(line, number)
+        question = _of_row(_parsed(line), number) if as_json else question_of(line, number)
         if question is None:
             raise DataError(
                 f"line {number} of {path} is no question: write an object with prompt, question "
@@ -74,11 +78,34 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
-def _from_json(line: str, number: int) -> Question | None:
+def _array(path: Path, text: str) -> list[Question]:
+    rows = _parsed(text)
+    if not isinstance(rows, list) or not rows:
+        raise DataError(
+            f"{path} is no JSON array of questions: write one, or an object a line in a file "
+            "whose name ends with .jsonl"
+        )
+    found: list[Question] = []
+    for number, row in enumerate(cast("list[Any]", rows), 1):
+        question = _of_row({"question": row} if isinstance(row, str) else row, number)
+        if question is None:
+            raise DataError(
+                f"entry {number} of {path} is no question: write a text, or an object with "
+                "prompt, question or messages, the last of them by the user"
+            )
+        found.append(question)
+    return found
+
+
+def _parsed(text: str) -> Any:
+    """Return what JSON says; None, which is no question either, if it is no JSON."""
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _of_row(row: Any, number: int) -> Question | None:
     if not isinstance(row, Mapping):
         return None
     fields = cast("Mapping[str, Any]", row)

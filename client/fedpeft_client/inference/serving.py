@@ -3,8 +3,10 @@
 import contextlib
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,12 +14,13 @@ import uvicorn
 
 from fedpeft.errors import ConfigError, PortInUse
 from fedpeft_client.inference.api_key import load_api_key
-from fedpeft_client.inference.connections import PatientProtocol
+from fedpeft_client.inference.connections import PatientProtocol, TlsDoor
 from fedpeft_client.inference.guard import Guard, is_loopback
 from fedpeft_client.inference.model_names import ModelNames
 from fedpeft_client.inference.opening import Place, opened
 from fedpeft_client.inference.prepared import Prepared
 from fedpeft_client.inference.preparing import Apart, Outcome
+from fedpeft_client.inference.prompts import context_line
 from fedpeft_client.inference.web import Service, ServiceLimits
 
 if TYPE_CHECKING:
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 KEY_FILE: Final = "api.key"
 _FINISH_S: Final = 60
 """How long running answers may take to finish after the first Ctrl-C."""
-_LARGEST_HEAD_BYTES: Final = 16 << 10
-_BACKLOG: Final = 512
+_BACKLOG: Final = 256
+"""Connections that are taken at once, before those that are too many can be closed."""
 
 Tell = Callable[[str], None]
 
@@ -54,6 +57,7 @@ def serve_box(directory: Path, listening: Listening, *, tell: Tell) -> None:
     try:
         engine = _engine(place, apart, tell)
         try:
+            tell(context_line(engine.context, place.settings.inference.context))
             _announce(engine, bound, directory, key, listening, tell)
             _run(_application(engine, place, key), bound, listening, tell)
         finally:
@@ -139,32 +143,42 @@ def _announce(
 
 
 def _run(application: Service, bound: socket.socket, listening: Listening, tell: Tell) -> None:
-    tls: dict[str, Any] = {}
+    # A partial does as well as a class, but uvicorn does not say so.
+    front: Any = PatientProtocol
     if listening.tls is not None:
-        tls = {"ssl_certfile": listening.tls[0], "ssl_keyfile": listening.tls[1]}
+        front = partial(TlsDoor, tls_context(*listening.tls))
     config = uvicorn.Config(
         application,
-        http=PatientProtocol,
+        http=front,
         ws="none",
         lifespan="off",
         loop="asyncio",
+        backlog=_BACKLOG,
         log_config=None,
         log_level="critical",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
         timeout_graceful_shutdown=_FINISH_S,
-        **tls,
     )
+    _Server(config, tell).run([bound])
+
+
+def tls_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
+    """Return what a server needs for TLS.
+
+    Raises:
+        ConfigError: the files cannot be used.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        config.load()
+        context.load_cert_chain(certificate, private_key)
     except OSError as error:
         raise ConfigError(
-            f"the certificate or its private key cannot be used: {error}; give PEM files that "
-            "belong together"
+            f"the certificate {certificate} or its private key {private_key} cannot be used: "
+            f"{(error.strerror or 'they are no PEM').lower()}; give PEM files that belong together"
         ) from None
-    _Server(config, tell).run([bound])
+    return context
 
 
 class _Server(uvicorn.Server):

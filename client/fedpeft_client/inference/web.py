@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from starlette.types import Message, Receive, Scope, Send
@@ -21,14 +22,19 @@ from fedpeft_client.inference.openai_format import (
     ChatRequest,
     TextRequest,
     error_format,
+    model_format,
     models_format,
     parse_chat,
     parse_text,
 )
 
 _MOST_BODY_BYTES: Final = 1 << 20
+_ONE_MODEL: Final = "/v1/models/"
+"""What the address of one model begins with; its name follows."""
 _BODY_S: Final = 20
 """How long the body of a request may take to arrive."""
+_CLOSE: Final = ((b"connection", b"close"),)
+"""A header of answers to requests of which the rest is not read."""
 _SEND_S: Final = 60
 """How long a client may leave a part of its answer unread."""
 _STATUS: Final[dict[type[FedpeftError], tuple[int, str]]] = {
@@ -57,7 +63,10 @@ class ServiceLimits:
 
 
 class Service:
-    """An ASGI application: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``."""
+    """An ASGI application: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``.
+
+    And ``/v1/models/NAME``.
+    """
 
     def __init__(
         self, engine: Engine, names: ModelNames, guard: Guard, limits: ServiceLimits
@@ -90,6 +99,9 @@ class Service:
         if (refusal := self._guard.refusal(headers)) is not None:
             raise _Refused(refusal)
         method, handler = self._routes.get(scope["path"], ("", None))
+        if handler is None and scope["path"].startswith(_ONE_MODEL):
+            name = scope["path"].removeprefix(_ONE_MODEL)
+            method, handler = "GET", partial(self._show_model, name)
         if handler is None:
             raise _Refused(
                 Refusal(
@@ -97,8 +109,12 @@ class Service:
                     f"there is no such address on this server, only {', '.join(self._routes)}",
                 )
             )  # fmt: skip
-        if scope["method"] != method:
-            raise _Refused(Refusal(405, "method_not_allowed", f"use {method} for this address"))
+        # HEAD is GET without a body, which the connection leaves out.
+        if scope["method"] not in ((method, "HEAD") if method == "GET" else (method,)):
+            allow = ((b"allow", b"GET, HEAD" if method == "GET" else method.encode()),)
+            raise _Refused(
+                Refusal(405, "method_not_allowed", f"use {method} for this address", allow)
+            )
         if method == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
@@ -109,6 +125,13 @@ class Service:
 
     async def _list_models(self, _receive: Receive, send: Send) -> None:
         await _send_json(send, 200, models_format(self._names.all(self._engine)))
+
+    async def _show_model(self, name: str, _receive: Receive, send: Send) -> None:
+        if name not in self._names.all(self._engine):
+            raise self._names.explained(
+                UnknownAdapter(f"this server has no model {name[:100]!r}"), self._engine
+            )
+        await _send_json(send, 200, model_format(name))
 
     async def _chat(self, receive: Receive, send: Send) -> None:
         request = parse_chat(await _body(receive))
@@ -143,12 +166,14 @@ class Service:
     ) -> None:
         if self._active >= self._limits.requests:
             raise _Refused(
-                Refusal(503, "overloaded", "all places are taken: ask again in a few seconds")
-            )
+                Refusal(
+                    503, "overloaded", "all places are taken: ask again in a few seconds",
+                    ((b"retry-after", b"3"),),
+                )
+            )  # fmt: skip
         self._active += 1
         try:
-            # Not in the loop: it waits for a step of the model.
-            async with AsyncAnswer(await asyncio.to_thread(begin)) as answer:
+            async with AsyncAnswer(await self._begun(begin)) as answer:
                 form = AnswerFormat(
                     self._names.shown(answer.model), chat=isinstance(request, ChatRequest)
                 )
@@ -156,6 +181,13 @@ class Service:
                 await _unless_gone(receive, writing(answer, form, request, send))
         finally:
             self._active -= 1
+
+    async def _begun(self, begin: Callable[[], Answer]) -> Answer:
+        try:
+            # Not in the loop: it waits for a step of the model.
+            return await asyncio.to_thread(begin)
+        except UnknownAdapter as error:
+            raise self._names.explained(error, self._engine) from None
 
 
 async def _whole(
@@ -231,13 +263,14 @@ async def _body(receive: Receive) -> bytes:
                         Refusal(
                             413, "request_too_large",
                             f"the request has more than {_MOST_BODY_BYTES} bytes: shorten it",
+                            _CLOSE,
                         )
                     )  # fmt: skip
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
         raise _Refused(
-            Refusal(408, "timeout", f"the request did not arrive within {_BODY_S} seconds")
+            Refusal(408, "timeout", f"the request did not arrive within {_BODY_S} seconds", _CLOSE)
         ) from None
 
 
@@ -248,20 +281,22 @@ def _refusal_of(error: FedpeftError) -> Refusal:
 
 async def _send_error(send: Send, refusal: Refusal) -> None:
     content = error_format(refusal.text, refusal.code, status=refusal.status)
-    await _send_json(send, refusal.status, content)
+    await _send_json(send, refusal.status, content, refusal.headers)
 
 
-async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
+async def _send_json(
+    send: Send,
+    status: int,
+    content: dict[str, Any],
+    more: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
     body = json.dumps(content).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
+        *more,
     ]
-    if status in (408, 413):
-        headers.append((b"connection", b"close"))  # the rest of the request is not read
-    if status == 503:
-        headers.append((b"retry-after", b"3"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

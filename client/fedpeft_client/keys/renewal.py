@@ -5,13 +5,12 @@ new. Must not know rounds or records.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import httpx
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.audit_log import AuditLog, note_handover
@@ -24,7 +23,7 @@ from fedpeft.sealing.succession import Succession, newest
 from fedpeft.storage import explained, sync_directory, write_atomically
 from fedpeft_client.box import Box
 from fedpeft_client.folder_lock import locked
-from fedpeft_client.keys.enrolment import SERVER_IDENTITY_FILE, new_key
+from fedpeft_client.keys.enrolment import SERVER_IDENTITY_FILE, new_key, public_pem
 from fedpeft_client.keys.key_life import (
     Expiry,
     expiry_of,
@@ -87,16 +86,24 @@ def renew_key(box: Box, identity: Identity) -> Expiry:
     """
     waiting = renewal_in_progress(box.key)
     key = load_key(waiting) if waiting.exists() else new_key(waiting)
-    statement = _statement(box, identity, identity, key)
-    log = AuditLog(box.audit)
-    log.append("key", {"event": "renewing", "name": box.settings.clinic})
+    statement = statement_of(box, identity, identity, key)
+    AuditLog(box.audit).append("key", {"event": "renewing", "name": box.settings.clinic})
     expiry = _post(box, statement.to_json())
     keep_expiry(box.directory, expiry)
-    with explained("write", box.key):
-        waiting.replace(box.key)
-        sync_directory(box.directory)
-    log.append("key", {"event": "renewed", "name": box.settings.clinic})
+    take_key(box)
     return expiry
+
+
+def take_key(box: Box) -> None:
+    """Let the connection key that waits take the place of the present one; the server knows it.
+
+    Raises:
+        StorageError, AuditLogDamaged: the directory or the log cannot be written.
+    """
+    with explained("write", box.key):
+        renewal_in_progress(box.key).replace(box.key)
+        sync_directory(box.directory)
+    AuditLog(box.audit).append("key", {"event": "renewed", "name": box.settings.clinic})
 
 
 def renew_identity(box: Box, old: Identity, protection: Protection) -> Identity:
@@ -111,32 +118,54 @@ def renew_identity(box: Box, old: Identity, protection: Protection) -> Identity:
             as :func:`renew_key`.
         KeyLocked, SealingError: the identity of an attempt before cannot be unlocked.
     """
+    new = identity_to_come(box, old, protection)
+    expiry = _post(box, statement_of(box, old, new, load_key(box.key)).to_json())
+    keep_expiry(box.directory, expiry)
+    take_identity(box, old.public, new)
+    return new
+
+
+def identity_to_come(box: Box, old: Identity, protection: Protection) -> Identity:
+    """Return the identity that is to take the place of ``old``, made if none waits already.
+
+    What is encrypted for ``old`` can be read with it, and that it was made is noted.
+
+    Raises:
+        StorageError, AuditLogDamaged: the directory or the log cannot be written.
+        KeyLocked, SealingError: the one that waits cannot be unlocked.
+    """
     waiting = identity_in_progress(box.identity_path)
     if not waiting.exists():
         save_identity(Identity.generate(), waiting, protection)
     new = load_identity(waiting, protection)
     pass_on(box.directory, old, new)
     about = {"before": old.public.fingerprint, "identity": new.public.fingerprint}
-    log = AuditLog(box.audit)
-    log.append("key", {"event": "renewing", "name": box.settings.clinic, **about})
-    expiry = _post(box, _statement(box, old, new, load_key(box.key)).to_json())
-    keep_expiry(box.directory, expiry)
-    note_handover(box.audit, old.public, new, box.settings.clinic)
-    with explained("write", box.identity_path):
-        waiting.replace(box.identity_path)
-        sync_directory(box.directory)
+    AuditLog(box.audit).append("key", {"event": "renewing", "name": box.settings.clinic, **about})
     return new
 
 
-def _statement(
+def take_identity(box: Box, before: PublicIdentity, new: Identity) -> None:
+    """Let ``new``, which waits, take the place of the identity ``before``; the server knows it.
+
+    Raises:
+        StorageError, AuditLogDamaged: the directory or the log cannot be written.
+    """
+    note_handover(box.audit, before, new, box.settings.clinic)
+    with explained("write", box.identity_path):
+        identity_in_progress(box.identity_path).replace(box.identity_path)
+        sync_directory(box.directory)
+
+
+def statement_of(
     box: Box, old: Identity, new: Identity, key: ec.EllipticCurvePrivateKey
 ) -> Succession:
+    """Return the statement that ``key`` is the box's, and ``new`` its identity after ``old``."""
     return Succession.sign(
         old,
         new,
         federation=box.settings.server.federation,
         holder=clinic_role(box.settings.clinic),
-        key=_public_pem(key),
+        key=public_pem(key),
     )
 
 
@@ -151,8 +180,7 @@ def follow_server(box: Box) -> PublicIdentity | None:
         WrongSignature, SealingError: what the server shows is forged or damaged.
         ConnectionFailed, CertificateRefused, StorageError: as their names say.
     """
-    pinned = box.server_identity
-    federation, server = box.settings.server.federation, box.settings.server.address
+    server = box.settings.server.address
     document = _answer_of(box, lambda http: http.get(f"{url_of(server)}/v1/succession"))
     lines: Any = document.get("succession")
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -160,7 +188,21 @@ def follow_server(box: Box) -> PublicIdentity | None:
             f"the server {server} does not say how its identity came about: install the same "
             "fedpeft release on both sides"
         )
-    found = newest(lines, pinned, federation=federation, holder=SERVER)
+    return follow_lines(box, cast("list[str]", lines))
+
+
+def follow_lines(box: Box, lines: Sequence[str]) -> PublicIdentity | None:
+    """Pin the server identity to which its statements lead from the pinned one, and return it.
+
+    Args:
+        box: whose pinned identity it is.
+        lines: the statements, the oldest first.
+
+    Raises:
+        SignerNotAllowed, WrongSignature, SealingError, StorageError: as :func:`follow_server`.
+    """
+    pinned = box.server_identity
+    found = newest(lines, pinned, federation=box.settings.server.federation, holder=SERVER)
     if found == pinned:
         return None
     signers = box.settings.policy.signers
@@ -209,11 +251,3 @@ def _answer_of(box: Box, ask: Callable[[httpx.Client], httpx.Response]) -> dict[
     if response.status_code != HTTPStatus.OK or not isinstance(document, dict):
         raise not_a_server(server)
     return document
-
-
-def _public_pem(key: ec.EllipticCurvePrivateKey) -> str:
-    return (
-        key.public_key()
-        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        .decode("ascii")
-    )

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import cache
 
 import psutil
 
@@ -32,6 +33,8 @@ from fedpeft_client.limits.working_hours import is_open, local_now, next_opening
 from fedpeft_client.link.fleet import load_key
 from fedpeft_client.link.reachability import probe
 from fedpeft_client.rounds.clinic import allowed_bases
+from fedpeft_client.sticks.memory import StickMemory
+from fedpeft_client.sticks.renewing import RENEWING_FILE, is_renewing
 
 _MIB = 1 << 20
 
@@ -48,9 +51,11 @@ class Finding:
 def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
     """Yield a finding for each question about this box, as they become known.
 
-    The questions: key, identity, policy, model, data, ledger, disk, memory and server. ``ask``
-    returns the identity's passphrase, where it has one.
+    The questions: key, identity, policy, model, data, ledger, disk, memory, and server or, of a
+    box without a network, stick. ``ask`` returns the identity's passphrase, where it has one.
     """
+    ask = cache(ask)
+    by_stick = box.settings.server.carrier == "stick"
     questions: dict[str, Callable[[Box], str]] = {
         "key": _key,
         "identity": lambda box: _identity(box, ask),
@@ -60,7 +65,7 @@ def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
         "ledger": _ledger,
         "disk": _disk,
         "memory": _memory,
-        "server": _server,
+        **({"stick": lambda box: _stick(box, ask)} if by_stick else {"server": _server}),
     }
     for subject, question in questions.items():
         try:
@@ -71,15 +76,25 @@ def check(box: Box, ask: Callable[[], str]) -> Generator[Finding]:
 
 def _key(box: Box) -> str:
     load_key(box.key)
-    for waiting in (renewal_in_progress(box.key), identity_in_progress(box.identity_path)):
-        if waiting.exists():
-            raise EnrolmentError(
-                f"{waiting} is of a renewal that broke off: run fedpeft-client rotate once more"
-            )
+    waiting = [
+        path
+        for path in (renewal_in_progress(box.key), identity_in_progress(box.identity_path))
+        if path.exists()
+    ]
+    if waiting and not is_renewing(box.directory):
+        raise EnrolmentError(
+            f"{waiting[0]} is of a renewal that broke off: run fedpeft-client rotate once more"
+        )
     expires = keys_expire(box.directory)
     until = "" if expires is None else f", good until {expires:%Y-%m-%d}"
+    awaited = (
+        f"; new keys await the confirmation of the central site, {box.directory / RENEWING_FILE} "
+        "is the request for it"
+        if waiting
+        else ""
+    )
     warnings = "".join(f"; WARNING: {each}" for each in expiry_warnings(box.directory, box.ca))
-    return f"{box.key} is private{until}{warnings}"
+    return f"{box.key} is private{until}{awaited}{warnings}"
 
 
 def _identity(box: Box, ask: Callable[[], str]) -> str:
@@ -190,6 +205,13 @@ def _memory(box: Box) -> str:
         )
     allowed = "" if limit is None else f", of which the client takes at most {limit}"
     return f"{available} MiB available{allowed}"
+
+
+def _stick(box: Box, ask: Callable[[], str]) -> str:
+    """Say how rounds come to a box without a network, and how far they have come."""
+    latest = StickMemory(box.directory, box.load_identity(ask)).latest
+    last = "none has come yet" if latest is None else f"the last one was of round {latest[0]}"
+    return f"no network is needed, rounds come as files; {last}"
 
 
 def _server(box: Box) -> str:

@@ -119,7 +119,13 @@ def own_question(clinic: Clinic, read: ReadFile) -> StickFile:
             f"is foreign: it is for clinic {found.clinic} of federation {place.federation}, and "
             f"this box is {clinic.name} of {clinic.federation}"
         )
-    return read.signed_by(clinic.membership.server, source="the central site")
+    try:
+        return read.signed_by(clinic.membership.server, source="the central site")
+    except StickRefused as error:
+        raise StickRefused(
+            f"{error}; if the central site has renewed its identity, renew the keys of this box "
+            "(fedpeft-client rotate --stick REQUEST), and the box follows with them"
+        ) from None
 
 
 def _message_of(question: StickFile) -> Message:

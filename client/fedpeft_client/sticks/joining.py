@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedpeft.errors import EnrolmentError, SealingError, StickRefused, StorageError
+from fedpeft.sealing.carried import FILE_LIMIT
 from fedpeft.sealing.identity import PublicIdentity
-from fedpeft.sealing.join_file import FILE_LIMIT, JoinRequest, Ticket
+from fedpeft.sealing.join_file import JoinRequest, Ticket
 from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained, sync_directory, write_atomically
-from fedpeft_client.keys.enrolment import Invitation, own_keys, public_pem, settle
+from fedpeft_client.keys.enrolment import CA_FILE, Invitation, own_keys, public_pem, settle
 from fedpeft_client.keys.key_life import Expiry
 from fedpeft_client.settings import CONFIG_FILE
 
@@ -85,6 +86,31 @@ def take_ticket(ticket: Path, directory: Path) -> Invitation:
     return invitation
 
 
+def is_joining(directory: Path) -> bool:
+    """Say whether the box in ``directory`` has asked to join, and awaits its ticket."""
+    # The authority comes last, by stick or by network.
+    return (directory / JOINING_FILE).is_file() and not (directory / CA_FILE).is_file()
+
+
+def require_asked(directory: Path) -> None:
+    """Check that the box in ``directory`` awaits its ticket.
+
+    Raises:
+        EnrolmentError: it has joined already, or never asked to.
+    """
+    if is_joining(directory):
+        return
+    if (directory / CONFIG_FILE).is_file():
+        raise EnrolmentError(
+            f"{directory} has joined already and awaits no ticket: nothing is to be done, unless "
+            "you meant another directory"
+        )
+    raise EnrolmentError(
+        f"{directory} has not asked to join by stick: run fedpeft-client join INVITATION "
+        "--stick REQUEST first, and name its directory here"
+    )
+
+
 def _joining(invitation: Invitation, own: PublicIdentity, settings: str) -> str:
     document = {
         "schema": SCHEMA,
@@ -102,12 +128,8 @@ def _joining(invitation: Invitation, own: PublicIdentity, settings: str) -> str:
 
 def _pending(directory: Path) -> tuple[Invitation, str, str]:
     """Return the invitation without its token, the box's identity, and its settings."""
+    require_asked(directory)
     path = directory / JOINING_FILE
-    if not path.is_file():
-        raise EnrolmentError(
-            f"{directory} has not asked to join by stick: run fedpeft-client join INVITATION "
-            "--stick REQUEST first, and name its directory here"
-        )
     with explained("read", path):
         content = path.read_bytes()
     try:

@@ -95,6 +95,11 @@ class StickMemory:
         self._diary.answered.append(question)
         self._write()
 
+    @property
+    def latest(self) -> Place | None:
+        """How far the present run has come; None: nothing was asked yet."""
+        return next(reversed(self._diary.places.values()), None)
+
     def place(self, run: int) -> Place | None:
         """Return how far ``run`` has come."""
         return self._diary.places.get(run)

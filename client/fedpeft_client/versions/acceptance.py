@@ -5,10 +5,14 @@ lie, is not known here. Whatever the verdict, training goes on with the server's
 """
 
 import math
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
 from fedpeft_client.settings import AcceptanceSettings
+
+_GUESSING: Final = 0.95
+"""From this part of the loss of guessing on, a base model tells next to nothing."""
 
 
 class Losses(BaseModel):
@@ -38,13 +42,22 @@ class Verdict(BaseModel):
 
 
 def judge(
-    settings: AcceptanceSettings, *, new: Losses, in_use: Losses, base: Losses, rival: str
+    settings: AcceptanceSettings,
+    *,
+    new: Losses,
+    in_use: Losses,
+    base: Losses,
+    rival: str,
+    vocabulary: int,
 ) -> Verdict:
     """Compare a new adapter with the one in use on the clinic's rows, and with the base elsewhere.
 
     Without validation rows of the clinic only the second half of the rule can be applied.
+    A base model that does no better than guessing among the ``vocabulary`` tokens that it
+    has changes no verdict, but the reason says so: adapters of it are hardly of use.
     """
     accepted, reason = _decision(settings, new, in_use, base, rival)
+    reason += _doubt(base, vocabulary)
     return Verdict(accepted=accepted, reason=reason, rival=rival, new=new, in_use=in_use, base=base)
 
 
@@ -53,6 +66,8 @@ def _decision(
 ) -> tuple[bool, str]:
     if not all(math.isfinite(loss) for loss in (new.general, new.own or 0.0)):
         return False, "its loss here is not a finite number"
+    if not math.isfinite(base.general):
+        return False, "there is nothing to compare with on general language"
     forgetting = _rise(base.general, new.general)
     if forgetting > settings.max_forgetting:
         return False, (
@@ -76,6 +91,23 @@ def _decision(
             "client.toml"
         )
     return True, compared
+
+
+def _doubt(base: Losses, vocabulary: int) -> str:
+    """Return what to add to a reason if the base model itself is of no use here."""
+    check = "check that model.directory holds the federation's base model, undamaged"
+    guessing = math.log(vocabulary)
+    for loss, rows in ((base.own, "this clinic's validation rows"), (base.general, "general text")):
+        if loss is None:
+            continue
+        if not math.isfinite(loss):
+            return f"; the base model's own loss on {rows} is no finite number: {check}"
+        if loss >= _GUESSING * guessing:
+            return (
+                f"; the base model itself does hardly better than guessing on {rows}, its loss is "
+                f"{loss:.2f} and that of guessing among {vocabulary} tokens {guessing:.2f}: {check}"
+            )
+    return ""
 
 
 def _rise(old: float, new: float) -> float:

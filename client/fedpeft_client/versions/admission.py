@@ -59,13 +59,21 @@ class Admission:
         number, device = base.network.dtype, base.network.device.type
         way = f"{base.fingerprint} {job.quantization} {number} {device}"
         general = self._examiner.general(base)
+        vocabulary = base.network.get_input_embeddings().get_parameter("weight").shape[0]
         exam = Examination(store.directory / _MEASURED, way, own, general)
         bench = _Bench(self._workbench, clinic, model.settings, job.quantization)
         # First the new one, as it is loaded already.
         new = exam.arrived(model, valid)
         bare = exam.losses(BASE, bench.base)
         rival, in_use = self._rival(store, exam, bench, bare)
-        verdict = judge(clinic.acceptance, new=new, in_use=in_use, base=bare, rival=rival)
+        verdict = judge(
+            clinic.acceptance,
+            new=new,
+            in_use=in_use,
+            base=bare,
+            rival=rival,
+            vocabulary=vocabulary,
+        )
         # What cannot be loaded is replaced like any other.
         verdict = verdict.model_copy(update={"rival": store.in_use_name()})
         version = store.keep(arrival, verdict)

@@ -242,6 +242,11 @@ class AdapterStore:
     def _folder(self, name: str) -> Path:
         folders = self._folders()
         if name not in folders:
+            if not folders:
+                raise UnknownAdapter(
+                    f"no round has arrived on this box yet, so it has no adapter {name!r}: take "
+                    "part in a round first"
+                )
             raise UnknownAdapter(
                 f"this box has no adapter {name!r}; it has {', '.join([BASE, *sorted(folders)])}"
             )

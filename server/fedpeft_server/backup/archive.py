@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedpeft.errors import StorageError
 from fedpeft.sealing.keyfile import Protection
-from fedpeft.storage import explained, sync_directory
+from fedpeft.storage import explained, require_new, sync_directory
 from fedpeft_server.backup.container import ChunkReader, ChunkWriter
 from fedpeft_server.backup.snapshot import Taken
 
@@ -64,16 +64,16 @@ def write_backup(
     """Write ``files`` to ``target``, which appears whole, read again and found good, or not at all.
 
     Args:
-        target: must not exist.
+        target: must not exist; its folder must.
         files: in the order in which they are taken.
         protection: how it is encrypted.
         about: the federation's name, and the fingerprint of the site's identity.
 
     Raises:
-        StorageError: ``target`` exists, or it or a file cannot be written or read.
+        StorageError: ``target`` exists, its folder does not, or it or a file cannot be written or
+            read.
     """
-    if target.exists():
-        raise StorageError(f"{target} exists; name another file with --out")
+    require_new(target)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     with explained("write", target), _staged(target) as (staged, file):
         writer, listed = ChunkWriter(file, protection), dict[str, Listed]()
@@ -213,7 +213,6 @@ def _get(path: Path, member: tarfile.TarInfo, data: BinaryIO, into: Path | None)
 @contextmanager
 def _staged(target: Path) -> Generator[tuple[Path, BinaryIO]]:
     """Yield a temporary file of mode 600 beside ``target``; afterwards it is gone."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

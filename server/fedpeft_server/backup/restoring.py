@@ -6,14 +6,16 @@ make the site weaker than it was is taken back (invitations) or said (clinics th
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.audit_log import AuditLog
+from fedpeft.counts import counted
 from fedpeft.errors import EvidenceError, StorageError
 from fedpeft.sealing.keyfile import Protection
-from fedpeft.storage import explained, sync_directory
+from fedpeft.storage import explained, require_folder, sync_directory
 from fedpeft_server.backup.archive import Manifest, read_backup
 from fedpeft_server.backup.snapshot import finished_rounds
 from fedpeft_server.site.check import check_site
@@ -42,7 +44,7 @@ def restore(
 
     Args:
         backup: the file.
-        directory: does not exist, or is empty.
+        directory: does not exist, or is empty; the folder that it is in is there.
         protection: how the file is encrypted.
         say: told how it goes.
 
@@ -51,28 +53,57 @@ def restore(
         KeyLocked: the secret is missing or wrong.
         EvidenceError: what is in the backup is damaged; nothing was restored.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise StorageError(f"{directory} is not empty; name a new folder for the restored site")
-    if directory.resolve() == Path.cwd() or directory.is_mount():
-        raise StorageError(
-            f"{directory} is the folder that you are in, or a mount, so the site cannot take its "
-            "place: go elsewhere, and name a new folder, inside of the mount if it is one"
-        )
+    _require_place(directory)
     with explained("write", directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        say(f"reading {backup}")
-        manifest = read_backup(backup, protection, staged)
-        say(f"checking {len(manifest.files)} files and {manifest.rounds} rounds")
-        require_whole(staged, backup)
-        restored = _made_good(staged, manifest)
-        with explained("write", directory):
+        with _told_as(directory, staged), explained("write", directory):
+            say(f"reading {backup}")
+            manifest = read_backup(backup, protection, staged)
+            say(
+                f"checking {counted(len(manifest.files), 'file')} and "
+                f"{counted(manifest.rounds, 'round')}"
+            )
+            require_whole(staged, backup)
+            restored = _made_good(staged, manifest)
             staged.replace(directory)
             sync_directory(directory.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return restored
+
+
+def _require_place(directory: Path) -> None:
+    """Check, before a byte is read, that a site can be put at ``directory`` by one rename.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    if directory.is_symlink():
+        raise StorageError(
+            f"{directory} is a symbolic link, whose place the site cannot take: name a new folder, "
+            "where the link leads if that is what you want"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise StorageError(f"{directory} is a file; name a new folder for the restored site")
+    with explained("look into", directory):
+        if directory.is_dir() and any(directory.iterdir()):
+            raise StorageError(f"{directory} is not empty; name a new folder for the restored site")
+    if directory.resolve() == Path.cwd() or directory.is_mount():
+        raise StorageError(
+            f"{directory} is the folder that you are in, or a mount, so the site cannot take its "
+            "place: go elsewhere, and name a new folder, inside of the mount if it is one"
+        )
+    require_folder(directory.parent)
+
+
+@contextmanager
+def _told_as(directory: Path, staged: Path) -> Generator[None]:
+    """Name ``directory``, which a person asked for, where an error names ``staged``."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(str(error).replace(str(staged), str(directory))) from error
 
 
 def require_whole(site: Path, backup: Path) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedpeft.counts import counted
 from fedpeft.errors import StorageError
 from fedpeft.storage import explained
 
@@ -61,7 +62,7 @@ def files_of(site: Path, results: Path, say: Callable[[str], None]) -> Iterator[
         StorageError: a file cannot be read, or is neither a file nor a folder.
     """
     rounds = finished_rounds(results)
-    say(f"taking {len(rounds)} finished rounds")
+    say(f"taking {counted(len(rounds), 'finished round')}")
     for number in rounds:
         yield from _tree(results / "rounds" / str(number), f"run/rounds/{number}")
     if results.is_dir():

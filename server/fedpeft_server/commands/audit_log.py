@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from fedpeft.errors import AuditLogDamaged, StorageError
+from fedpeft.counts import counted
+from fedpeft.errors import AuditLogDamaged
+from fedpeft.storage import require_new
 
 app = typer.Typer(help="What this site did, in a log that shows when it was changed.")
 _Directory = Annotated[Path, typer.Argument(help="the directory that `fedpeft-server init` made")]
@@ -67,7 +69,8 @@ def verify(
         typer.echo(line)
     if verdict.problems:
         raise AuditLogDamaged(
-            f"the audit log of {directory} has {len(verdict.problems)} problems, listed above: "
+            f"the audit log of {directory} has {counted(len(verdict.problems), 'problem')}, listed "
+            "above: "
             "keep a copy to look into it, and tell those who answer for this machine"
         )
 
@@ -84,13 +87,13 @@ def export(
     from fedpeft.audit_log import export as write
     from fedpeft_server.site.directory import open_site
 
-    if out.exists():
-        raise StorageError(f"{out} exists; name another file with --out")
+    require_new(out)
     site = open_site(directory)
     verdict = write(site.audit, out, name="server", identity=site.sealing.public)
     typer.echo(f"entries\t{verdict.entries}")
     if verdict.problems:
         raise AuditLogDamaged(
-            f"{out} was written, and the audit log has {len(verdict.problems)} problems: run "
+            f"{out} was written, and the audit log has "
+            f"{counted(len(verdict.problems), 'problem')}: run "
             "fedpeft-server audit-log verify to see them"
         )

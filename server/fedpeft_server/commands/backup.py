@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpeft.console import people
+from fedpeft.counts import counted
 from fedpeft.errors import ConfigError, EvidenceError, KeyLocked
+from fedpeft.storage import require_new
 
 if TYPE_CHECKING:
     from fedpeft.sealing.keyfile import Protection
@@ -49,18 +51,24 @@ def backup(
     """
     from fedpeft_server.backup.archive import write_backup
     from fedpeft_server.backup.snapshot import files_of
-    from fedpeft_server.site.directory import open_site
+    from fedpeft_server.site.directory import open_site, require_no_box
 
     if [key_file is not None, passphrase, plain].count(True) != 1:
         raise ConfigError(
             "a backup holds the keys of the site, so say how it is protected: --key-file FILE, "
             "--passphrase, or --plain if the place that it goes to is as safe as the site"
         )
+    require_no_box(
+        directory,
+        'stop its client and copy the folder, as docs/operations.md says under "The box"',
+    )
+    site = open_site(directory)
     if out.resolve().is_relative_to(directory.resolve()):
         raise ConfigError(
             f"{out} lies in the site itself, whose loss it is for: name a file elsewhere with --out"
         )
-    run, site = results or directory / "run", open_site(directory)
+    require_new(out)
+    run = results or directory / "run"
     if tls := site.listen.tls:
         for path in (tls.certificate, tls.key, tls.ca):
             if not (directory / path).resolve().is_relative_to(directory.resolve()):
@@ -78,8 +86,9 @@ def backup(
     size = out.stat().st_size / 1e6
     how = "not encrypted" if plain else f"encrypted with {protection.source}"
     _say(
-        f"wrote {out}: {len(manifest.files)} files, {manifest.rounds} rounds, {size:.1f} MB, "
-        f"{how}, read again and whole; try it: fedpeft-server verify {quote(str(out))}"
+        f"wrote {out}: {counted(len(manifest.files), 'file')}, "
+        f"{counted(manifest.rounds, 'round')}, {size:.1f} MB, {how}, read again and whole; try "
+        f"it: fedpeft-server verify {quote(str(out))}{_secret_options(key_file, passphrase)}"
     )
 
 
@@ -129,7 +138,7 @@ def verify(
         manifest = read_backup(file, protection, site)
         typer.echo(
             f"backup\tok\tof federation {manifest.federation}, {manifest.created}, by fedpeft "
-            f"{manifest.release}, {len(manifest.files)} files"
+            f"{manifest.release}, {counted(len(manifest.files), 'file')}"
         )
         _report(site, site / "run", str(file))
 
@@ -165,6 +174,13 @@ def _protection(key_file: Path | None, passphrase: bool, *, confirm: bool) -> "P
     if confirm and getpass.getpass("the same once more: ") != text:
         raise KeyLocked("the two passphrases differ: start again")
     return Protection.passphrase(text)
+
+
+def _secret_options(key_file: Path | None, passphrase: bool) -> str:
+    """Return what a command needs to open what these options have encrypted."""
+    if key_file is not None:
+        return f" --key-file {quote(str(key_file))}"
+    return " --passphrase" if passphrase else ""
 
 
 def _what_to_know(made: "Restored", directory: Path) -> list[str]:

@@ -27,12 +27,14 @@ def round_commands(program: Program) -> typer.Typer:
 
         Reads DIR/state; writes the files (mode 600) into OUT, each with what the clinic would
         get over the network, sealed for it; sends nothing. Run it beside the running server.
+        A question that was exported before is the same file again.
         """
         from fedpeft_server.site.directory import open_site
         from fedpeft_server.sticks.carrying import Carrying
 
         site = open_site(directory)
-        written = Carrying(site.state, site.enrolments()).export(clinic or [], out)
+        carrying = Carrying(site.state, site.enrolments())
+        written = carrying.export(clinic or [], out)
         for question, path in written:
             program.say(
                 f"{question.clinic}: round {question.context.round}, {question.context.purpose}; "
@@ -40,10 +42,7 @@ def round_commands(program: Program) -> typer.Typer:
             )
             typer.echo(path)
         if not written:
-            program.say(
-                "nothing waits for a clinic on the stick now; the server must be running, and "
-                "asks the next thing when it has the answers to the last one"
-            )
+            program.say(carrying.why_nothing(clinic or []))
 
     @app.command("import")
     def take_in(

@@ -181,13 +181,15 @@ class Enrolments:
     def admit(self, request: JoinRequest, now: float | None = None) -> str:
         """Enrol a clinic without a network by the request that came on a stick.
 
-        Checks what :meth:`redeem` checks, and notes that the clinic is reached by stick.
+        Checks what :meth:`redeem` checks, and that the name in the request, by which people
+        know it, is the invitation's; notes that the clinic is reached by stick.
 
         Returns:
             The clinic's name.
 
         Raises:
-            InvitationRefused, EnrolmentError: see :meth:`redeem`.
+            InvitationRefused: see :meth:`redeem`.
+            EnrolmentError: see :meth:`redeem`; or the request is in another clinic's name.
         """
         moment = time.time() if now is None else now
         key, identity = canonical_public_key(request.public_key), shown_identity(request.identity)
@@ -199,7 +201,9 @@ class Enrolments:
             public_key_pem=key,
         )
         shown = (key, identity.to_text())
-        return self._take_up(request.token_id, request.knows, shown, moment, "stick")
+        return self._take_up(
+            request.token_id, request.knows, shown, moment, "stick", claimed=request.clinic
+        )
 
     def _take_up(
         self,
@@ -208,8 +212,12 @@ class Enrolments:
         shown: tuple[str, str],
         moment: float,
         carrier: Carrier = "network",
+        claimed: str | None = None,
     ) -> str:
-        """Enrol who ``knows`` the token by its SHA-256, with the key and identity ``shown``."""
+        """Enrol who ``knows`` the token by its SHA-256, with the key and identity ``shown``.
+
+        ``claimed`` is the name that it goes by; None: it gave none.
+        """
         key, identity = shown
         with self._file.transaction() as database:
             row = database.execute(
@@ -221,6 +229,13 @@ class Enrolments:
             if not knows(row[0] if row else bytes(32)) or not row:
                 raise InvitationRefused("unknown")
             _, name, _expires_at, used_key = row
+            if claimed not in (None, name):
+                # The box that asked would refuse a ticket in another name than its own.
+                raise EnrolmentError(
+                    f"the request is in the name of clinic {claimed!r}, and the invitation that it "
+                    f"was made with is that of {name!r}: somebody changed the file, so nothing "
+                    f"was enrolled; ask {name!r} by telephone for the file that its box wrote"
+                )
             won = database.execute(
                 "UPDATE invitations SET used_at = ?, used_key = ? "
                 "WHERE id = ? AND used_at IS NULL AND expires_at > ?",

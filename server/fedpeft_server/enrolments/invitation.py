@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedpeft.errors import StorageError
 from fedpeft.sealing.identity import PublicIdentity
-from fedpeft.storage import write_once
+from fedpeft.storage import explained, write_once
 
 FILE_SCHEMA: Final = 2
 
@@ -58,10 +57,5 @@ class Invitation:
         Raises:
             StorageError: the file exists or cannot be written.
         """
-        try:
+        with explained("write the invitation", path):
             write_once(path, self.to_json().encode(), mode=0o600)
-        except OSError as error:
-            raise StorageError(
-                f"the invitation cannot be written to {path} ({error.strerror}): "
-                "choose another file name"
-            ) from error

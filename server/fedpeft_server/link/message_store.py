@@ -131,6 +131,17 @@ def change_node_key(state: LinkState, old: str, new: str) -> None:
         connection.execute(statement, {"old": old.encode("ascii"), "new": new.encode("ascii")})
 
 
+def give_key(state: LinkState, number: int, key: str) -> bool:
+    """Give the node of this id (unsigned, 64 bits) another public key; say whether there is one.
+
+    Flower has no call for it.
+    """
+    statement = text("UPDATE node SET public_key = :key WHERE node_id = :number")
+    with message_engine(state).begin() as connection:
+        about = {"key": key.encode("ascii"), "number": _signed(number)}
+        return connection.execute(statement, about).rowcount > 0
+
+
 def give_node_id(state: LinkState, old: int, new: int) -> None:
     """Give a node without messages the id (unsigned, 64 bits) that its clinic knows it by.
 

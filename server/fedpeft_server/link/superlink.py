@@ -47,6 +47,7 @@ from fedpeft_server.link.message_store import (
     database,
     end_old_runs,
     flower_config,
+    give_key,
     give_node_id,
     require_sound,
     wait_longer,
@@ -118,6 +119,7 @@ class SuperLink:
         self._route = post and StickRoute(post, self._on_stick, stick_timeout_s)
         self._post = post
         self._making_node = threading.Lock()
+        self._node_keys: dict[str, str] = {}
         self._opened = contextlib.ExitStack()
         self._state: LinkState | None = None
         self._listener: Listener | None = None
@@ -203,7 +205,8 @@ class SuperLink:
             for node in _entered(self._state).get_node_info(statuses=[NodeStatus.ONLINE])
         }
         for clinic in self._enrolments.members():
-            if clinic.node_id is None:  # admitted beside the running server
+            # Admitted, or its key renewed by stick, beside the running server.
+            if self._node_keys.get(clinic.name) != clinic.public_key:
                 self._ensure_node(clinic.name, clinic.public_key)
         if self._post is not None:
             online |= self._on_stick().keys()
@@ -346,14 +349,17 @@ class SuperLink:
         # A clinic that has just enrolled is met by the round loop and by its own request.
         with self._making_node:
             node_id = state.get_node_id_by_public_key(key)
+            known = {each.name: each.node_id for each in self._enrolments.clinics()}.get(name)
+            if node_id is None and known is not None and give_key(state, known, public_key):
+                node_id = known  # its key was renewed by stick
             if node_id is None:
                 node_id = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
-                known = {each.name: each.node_id for each in self._enrolments.clinics()}.get(name)
                 if known is not None:
                     # The message store is new: a clinic that runs goes on under its number.
                     give_node_id(state, node_id, known)
                     node_id = known
             self._enrolments.set_node_id(name, node_id)
+            self._node_keys[name] = public_key
 
 
 def _entered(part: _Part | None) -> _Part:

@@ -1,11 +1,22 @@
 """What a run tells the people who watch it, one line at a time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
+from fedpeft.counts import counted
 from fedpeft.protocol.privacy import ClinicPrivacy
+from fedpeft.secagg import STAGES
 from fedpeft_server.rounds.privacy_record import latest_losses
 from fedpeft_server.runs.directory import RoundRecord
+
+_STEPS: Final[Mapping[str, str]] = {
+    "shares": "sharing out keys",
+    "masked": "sending masked numbers",
+    "check": "signing who is in the sum",
+    "unmask": "opening the sum",
+}
+"""The later steps of a secure sum; in the first clinics do what the sum is for."""
 
 
 def round_sentence(record: RoundRecord, rounds: int) -> str:
@@ -14,10 +25,10 @@ def round_sentence(record: RoundRecord, rounds: int) -> str:
     if record.round == 0:
         return f"base model: validation loss {valid}, {record.seconds:.1f} s"
     return (
-        f"round {record.round}/{rounds}: {len(record.participants)} clinics, training loss "
-        f"{_loss(record.train_loss)}, validation loss {valid}, {record.bytes_up / 1e6:.2f} MB up, "
-        f"{record.bytes_down / 1e6:.2f} MB down, {record.seconds:.1f} s{_verdicts(record)}"
-        f"{_epsilons(record)}"
+        f"round {record.round}/{rounds}: {counted(len(record.participants), 'clinic')}, training "
+        f"loss {_loss(record.train_loss)}, validation loss {valid}, "
+        f"{record.bytes_up / 1e6:.2f} MB up, {record.bytes_down / 1e6:.2f} MB down, "
+        f"{record.seconds:.1f} s{_verdicts(record)}{_epsilons(record)}"
     )
 
 
@@ -94,15 +105,24 @@ class Narration:
     def __init__(self, say: Callable[[str], None], rounds: int) -> None:
         self._say = say
         self._rounds = rounds
+        self._awaited: list[str] = []
 
     def waiting(self, connected: int, enrolled: int, minimum: int) -> None:
         """Say that clinics are still missing."""
         self._say(f"{connected} of {enrolled} enrolled clinics connected, {minimum} are needed")
 
     def asked(self, number: int, kind: str, clinics: list[str]) -> None:
-        """Say what the clinics are doing."""
-        if doing := doing_of(kind):
-            self._say(f"round {number}/{self._rounds}: {doing}: {', '.join(clinics)}")
+        """Say what the clinics are doing; of a step of a sum also who fell away before it."""
+        whole, _, step = kind.partition(".")
+        before, self._awaited = self._awaited, clinics
+        head = f"round {number}/{self._rounds}: {doing_of(whole)}"
+        if not step:
+            self._say(f"{head}: {', '.join(clinics)}")
+        elif step in _STEPS:
+            place = f"step {STAGES.index(step) + 1} of {len(STAGES)}, {_STEPS[step]}"
+            gone = ", ".join(sorted(set(before) - set(clinics)))
+            without = f"; without {gone}, as the answer before this did not come" if gone else ""
+            self._say(f"{head}: {place}: awaiting {', '.join(clinics)}{without}")
 
     def warned(self, sentence: str) -> None:
         """Say what should be known before the run goes on."""

@@ -4,6 +4,7 @@ import time
 from typing import Final
 
 from fedpeft.config import FederationSettings
+from fedpeft.counts import counted
 from fedpeft.errors import LASTING_REASONS, FederationError
 from fedpeft.secagg.threshold import floor_of
 from fedpeft_server.link.link import Link
@@ -50,21 +51,23 @@ class Quorum:
         return len(collected.participants) >= self._rounds.minimum_clinics
 
     def is_hopeless(self, link: Link, collected: Collected) -> bool:
-        """Say whether too few clinics are left that could answer if they were asked again."""
-        refusing = sum(reason in LASTING_REASONS for reason in collected.failed.values())
-        clinics = len(list(link.grid.get_node_ids()))
+        """Say whether too few clinics are left that could answer if they were asked again.
+
+        Who is offline may come back, so all enrolled clinics count but those that refuse.
+        """
+        refusing = {name for name, why in collected.failed.items() if why in LASTING_REASONS}
+        able, connected = set(link.names().values()) - refusing, list(link.grid.get_node_ids())
         needed = self._rounds.minimum_clinics
         if self._aggregation.confidentiality == "secagg":
-            needed = max(needed, floor_of(clinics, self._aggregation.adversary))
-        return clinics - refusing < needed
+            needed = max(needed, floor_of(len(connected), self._aggregation.adversary))
+        return len(able) < needed
 
     def missing(self, collected: Collected) -> str:
         """Say why what came is not enough."""
         failed = ", ".join(f"{name}: {reason}" for name, reason in collected.failed.items())
         if collected.trouble:
             return f"{collected.trouble} ({failed or 'no clinic gave a reason'})"
-        count = len(collected.participants)
         return (
-            f"{count} usable {'answer' if count == 1 else 'answers'} where rounds.minimum_clinics "
+            f"{counted(len(collected.participants), 'usable answer')} where rounds.minimum_clinics "
             f"= {self._rounds.minimum_clinics} ({failed or 'no other clinic is connected'})"
         )

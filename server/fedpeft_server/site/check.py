@@ -16,6 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from fedpeft.audit_log import all_lines, verify
+from fedpeft.counts import counted
 from fedpeft.errors import FedpeftError, StorageError
 from fedpeft.sealing import PublicIdentity
 from fedpeft.sealing.succession import Succession
@@ -23,7 +24,7 @@ from fedpeft_server.backup.snapshot import database_copy
 from fedpeft_server.link.message_store import require_sound
 from fedpeft_server.migrations import HEAD
 from fedpeft_server.runs.check import Finding, LogFacts, RunCheck, damage, sound
-from fedpeft_server.site.directory import Site, open_site
+from fedpeft_server.site.directory import Site, open_site, require_no_box
 
 _OTHERS: Final = 0o077
 _PRIVATE_FOLDERS: Final = ("keys", "state", "audit")
@@ -35,9 +36,11 @@ def check_site(directory: Path, results: Path) -> Iterator[Finding]:
 
     Raises:
         StorageError: ``directory`` is none.
+        ConfigError: it is a clinic's box.
     """
     if not directory.is_dir():
         raise StorageError(f"{directory} is no folder: name the site with --dir")
+    require_no_box(directory, f"run fedpeft-client check {directory}")
     opened = _Tried(lambda: open_site(directory))
     site = opened.value
     yield opened.finding("configuration", "federation.toml and server.toml can be read")
@@ -150,7 +153,7 @@ def _log(directory: Path, identities: list[PublicIdentity], facts: LogFacts) -> 
     if not verdict.problems:
         yield sound(
             "audit log",
-            f"{verdict.entries} entries, signed up to {verdict.signed}, end "
+            f"{counted(verdict.entries, 'entry', 'entries')}, signed up to {verdict.signed}, end "
             f"{verdict.end.seq}:{verdict.end.hash}",
         )
 
@@ -186,7 +189,7 @@ def _enrolments(path: Path, facts: LogFacts) -> Iterator[Finding]:
     ]
     yield from (damage(area, problem) for problem in problems)
     if not problems:
-        yield sound(area, f"schema {schema}, {len(names)} clinics")
+        yield sound(area, f"schema {schema}, {counted(len(names), 'clinic')}")
 
 
 def _database_facts(path: Path) -> tuple[str, int, list[str]]:

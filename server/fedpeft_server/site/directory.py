@@ -36,7 +36,7 @@ from fedpeft.sealing.words import federation_words
 from fedpeft.storage import explained, require_folder, write_atomically
 from fedpeft_server.enrolments.enrolment import Enrolments
 from fedpeft_server.enrolments.recorded import RecordedEnrolments
-from fedpeft_server.site.identity import SiteIdentity
+from fedpeft_server.site.identity import KEY_FILE_SETTING, SiteIdentity
 from fedpeft_server.site.pki import Authority, Issued, create_authority, split_address
 
 FEDERATION_FILE = "federation.toml"
@@ -131,7 +131,7 @@ class Site:
         """
         ask = cache(partial(ask_passphrase, confirm=False))
         old = self.sealing.unlock(self.listen.keys, self.directory, ask)
-        protection = protection_from(self.listen.keys, self.directory, ask)
+        protection = protection_from(self.listen.keys, self.directory, ask, named=KEY_FILE_SETTING)
         renewed = self.sealing.rotate(old, protection, self.federation.name)
         signer = renewed.unlock(self.listen.keys, self.directory, ask)
         note_handover(self.audit, old.public, signer, "server")
@@ -214,10 +214,10 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
     """
     require_no_box(directory)
     if not (directory / SERVER_FILE).is_file():
-        what = f"has no {SERVER_FILE}" if directory.is_dir() else "is not a folder"
+        why = f"it has no {SERVER_FILE}" if directory.is_dir() else "there is no such folder"
         raise ConfigError(
-            f"{directory} is not the directory of a site, as it {what}: name the one that "
-            "fedpeft-server init made, see --help for where"
+            f"{directory} is not the directory of a site, as {why}: name the one that "
+            "fedpeft-server init made"
         )
     listen = load_settings(ListenSettings, directory / SERVER_FILE)
     return Site(
@@ -229,20 +229,20 @@ def open_site(directory: Path, overrides: list[str] | None = None) -> Site:
     )
 
 
-def require_no_box(directory: Path) -> None:
+def require_no_box(
+    directory: Path, instead: str = "fedpeft-client has the commands for it"
+) -> None:
     """Check that ``directory`` is not a clinic's box, which another program is for.
 
+    ``instead`` says what to do with a box.
+
     Raises:
-        ConfigError: it is.
+        ConfigError: it is one.
     """
     if (directory / SERVER_FILE).is_file():
         return
     if any((directory / name).is_file() for name in _BOX_FILES):
-        raise ConfigError(
-            f"{directory} is a clinic's box, not the directory of a site: fedpeft-client is the "
-            "program for it (fedpeft-client check looks at it), and it is backed up by a copy of "
-            'the folder while its client is stopped (docs/operations.md, "The box")'
-        )
+        raise ConfigError(f"{directory} is a clinic's box, not the directory of a site: {instead}")
 
 
 def _authority(directory: Path, listen: ListenSettings) -> Authority:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from fedpeft.config import KeySettings
 from fedpeft.errors import SealingError, StorageError
@@ -18,6 +18,9 @@ from fedpeft.sealing.keyfile import Protection, load_identity, protection_from, 
 from fedpeft.sealing.public_file import load_public_identity, public_line
 from fedpeft.sealing.succession import Succession
 from fedpeft.storage import explained, sync_directory, write_atomically, write_once
+
+KEY_FILE_SETTING: Final = "key_file in the [keys] table of server.toml"
+"""Where the path of a site's key file comes from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class SiteIdentity:
             StorageError: other users can read it, or the two halves do not belong together.
         """
         path = _private(self.directory)
-        identity = load_identity(path, protection_from(keys, directory, ask))
+        identity = load_identity(
+            path, protection_from(keys, directory, ask, named=KEY_FILE_SETTING)
+        )
         if identity.public != self.public:
             raise StorageError(
                 f"{path} and {_public(self.directory)} do not belong together, and clinics were "

@@ -20,14 +20,9 @@ def only_server(directory: Path) -> Generator[None]:
     Raises:
         StorageError: another server holds it, or it cannot be used.
     """
-    try:
+    with explained("use the server's directory", directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StorageError(
-            f"the server's directory {directory} cannot be used ({error.strerror}): "
-            "check that it belongs to you and that the disk has space"
-        ) from error
     lock: IO[bytes] = os.fdopen(descriptor, "r+b")
     with lock:
         try:

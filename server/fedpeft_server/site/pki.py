@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from fedpeft.errors import ConfigError, StorageError
-from fedpeft.storage import write_atomically, write_once
+from fedpeft.storage import explained, write_atomically, write_once
 
 CA_VALIDITY_DAYS = 3650
 SERVER_VALIDITY_DAYS = 730
@@ -153,12 +153,10 @@ def create_authority(directory: Path, address: str) -> Authority:
         )
     ca_key = ec.generate_private_key(ec.SECP384R1())
     ca_certificate = _self_signed(ca_key)
-    try:
+    with explained("write", directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_once(authority.ca_key, _key_pem(ca_key), mode=0o600)
         write_once(authority.ca_certificate, _certificate_pem(ca_certificate), mode=0o644)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
     _issue_server_certificate(authority, ca_key, ca_certificate, host)
     return authority
 
@@ -262,11 +260,8 @@ def _issue_server_certificate(
         )
         .sign(ca_key, hashes.SHA384())
     )
-    try:
-        write_atomically(authority.server_key, _key_pem(key), mode=0o600)
-        write_atomically(authority.server_certificate, _certificate_pem(certificate))
-    except OSError as error:
-        raise _cannot_write(authority.directory, error) from error
+    write_atomically(authority.server_key, _key_pem(key), mode=0o600)
+    write_atomically(authority.server_certificate, _certificate_pem(certificate))
 
 
 def _builder(
@@ -318,10 +313,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _certificate_pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _cannot_write(directory: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{directory} cannot be written ({error.strerror}): "
-        "check that it belongs to you and that the disk has space"
-    )

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from fedpeft.errors import ConfigError, StickRefused
-from fedpeft.sealing.join_file import FILE_LIMIT, JoinRequest, Ticket
-from fedpeft.storage import explained, write_atomically
+from fedpeft.sealing.carried import FILE_LIMIT
+from fedpeft.sealing.join_file import JoinRequest, Ticket
+from fedpeft.storage import explained, require_folder, write_atomically
 from fedpeft_server.enrolments.clinic import Carrier
 from fedpeft_server.site.directory import Site
 
@@ -23,6 +24,7 @@ def admit_by_stick(site: Site, request: Path, ticket: Path) -> str:
         KeyLocked: the site's identity cannot be unlocked; nothing was enrolled.
         StorageError: a file cannot be read or written.
     """
+    require_folder(ticket.parent)
     with explained("read", request), request.open("rb") as file:
         content = file.read(FILE_LIMIT + 1)
     enrolments, server = site.enrolments(), site.identity
@@ -32,7 +34,7 @@ def admit_by_stick(site: Site, request: Path, ticket: Path) -> str:
         raise StickRefused(f"{request} {error}") from None
     if asked.federation != enrolments.federation:
         raise StickRefused(
-            f"{request} is foreign: it is of federation {asked.federation}, and this is "
+            f"{request} is foreign: it is of federation {asked.federation!r}, and this is "
             f"{enrolments.federation}"
         )
     name = enrolments.admit(asked)

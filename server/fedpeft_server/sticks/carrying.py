@@ -8,7 +8,7 @@ from fedpeft.errors import EnrolmentError, StickRefused, StorageError
 from fedpeft.protocol import KINDS
 from fedpeft.protocol.stick_file import ReadFile, StickFile, read_stick_file
 from fedpeft.sealing import PublicIdentity
-from fedpeft.storage import write_atomically
+from fedpeft.storage import require_folder, write_atomically
 from fedpeft_server.enrolments.clinic import Clinic
 from fedpeft_server.enrolments.enrolment import Enrolments
 from fedpeft_server.site.lock import server_runs
@@ -35,21 +35,26 @@ class Carrying:
         self._running = server_runs(state)
 
     def export(self, names: Collection[str], folder: Path) -> list[tuple[StickFile, Path]]:
-        """Write into ``folder`` one file for each clinic for which a question waits.
+        """Write into the folder ``folder`` one file for each clinic for which a question waits.
 
         ``names`` are the clinics to write for; none: all. A question that was exported before
         is the same file again.
 
         Raises:
             EnrolmentError: a clinic is not enrolled, or not reached by stick.
-            StorageError: a file cannot be read or written.
+            StorageError: a file cannot be read or written, or there is no such folder.
         """
+        require_folder(folder)
         members = self._members()
         for name in names:
-            if name not in members or members[name].carrier != "stick":
+            if name not in members:
                 raise EnrolmentError(
-                    f"no clinic named {name!r} is reached by stick: fedpeft-server clinics lists "
-                    f"the names, and fedpeft-server carrier {name} stick would change that"
+                    f"no clinic named {name!r} takes part: fedpeft-server clinics lists the names"
+                )
+            if members[name].carrier != "stick":
+                raise EnrolmentError(
+                    f"clinic {name} is reached by network: fedpeft-server carrier {name} stick "
+                    "would change that from the next question on"
                 )
         written: list[tuple[StickFile, Path]] = []
         for name, (question, content) in self._post.waiting().items():
@@ -61,6 +66,33 @@ class Carrying:
             write_atomically(path, content, mode=0o600)
             written.append((question, path))
         return written
+
+    def why_nothing(self, names: Collection[str]) -> str:
+        """Return a sentence on why nothing was exported for ``names`` (none: for anybody)."""
+        on_stick = [each.name for each in self._members().values() if each.carrier == "stick"]
+        if not on_stick:
+            return (
+                "no clinic is reached by stick: let one join with fedpeft-client join --stick, or "
+                "change the way to one with fedpeft-server carrier NAME stick"
+            )
+        if not self._running:
+            return (
+                "no server is running on this site, so nobody is asked anything: start it with "
+                "fedpeft-server start, and export when it says that a clinic is asked by stick"
+            )
+        chosen = [name for name in on_stick if not names or name in names]
+        here = set(self._post.answered())
+        if answered := [name for name in chosen if name in here]:
+            return (
+                f"the answer of {', '.join(answered)} is here already, and the server asks the "
+                "next thing when the other clinics have answered too: export when it says that a "
+                "clinic is asked by stick"
+            )
+        return (
+            f"nothing waits for {', '.join(chosen)}: the server asks nothing now, perhaps as it "
+            "waits for other clinics to connect, which it says then; export when it says that a "
+            "clinic is asked by stick"
+        )
 
     def take(self, path: Path, max_bytes: int) -> Imported:
         """Put the answer in a file where the server finds it, or say why not.

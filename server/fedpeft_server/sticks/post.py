@@ -156,6 +156,19 @@ class StickPost(Asking):
                     found[name] = parse_stick_file(content).file, content
         return found
 
+    def answered(self) -> list[str]:
+        """Return the clinics whose answer to the last question has come, by name.
+
+        Raises:
+            StorageError: the folder cannot be read.
+        """
+        found: list[str] = []
+        for name in self._names():
+            with self._drawer(name).locked() as drawer:
+                if drawer.asked and drawer.asked[-1].fate in ("arrived", "taken", "declined"):
+                    found.append(name)
+        return found
+
     def deliver(self, read: ReadFile, sender: PublicIdentity) -> StickFile:
         """Put an answer where the server finds it; ``sender`` is the clinic's known identity.
 
