@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpeft.console import ask_passphrase
-from fedpeft.errors import AuditLogDamaged, KeyLocked, LedgerDamaged, StorageError
+from fedpeft.counts import counted
+from fedpeft.errors import AuditLogDamaged, KeyLocked, LedgerDamaged
 from fedpeft_client.commands.program import BoxDirectory, program
 
 if TYPE_CHECKING:
@@ -95,16 +96,16 @@ def export(
     Reads DIR/audit and the box's identity; writes the file OUT (mode 600); sends nothing.
     """
     from fedpeft.audit_log import export as write
+    from fedpeft.storage import require_new
     from fedpeft_client.box import open_box
 
-    if out.exists():
-        raise StorageError(f"{out} exists; name another file with --out")
+    require_new(out)
     box = open_box(directory)
     identity = box.load_identity(lambda: ask_passphrase(confirm=False)).public
     verdict = write(box.audit, out, name=box.settings.clinic, identity=identity)
     program.say(
-        f"wrote {verdict.entries} entries to {out}; the fingerprint to compare by telephone is "
-        f"{identity.fingerprint}"
+        f"wrote {counted(verdict.entries, 'entry', 'entries')} to {out}; the fingerprint to "
+        f"compare by telephone is {identity.fingerprint}"
     )
     _require_whole(verdict, directory)
 
@@ -127,13 +128,15 @@ def disclosures(
 
     from fedpeft.audit_log import Choice, all_lines, day_of, entries_in
     from fedpeft.audit_log import verify as check
-    from fedpeft.storage import write_atomically
+    from fedpeft.storage import require_folder, write_atomically
     from fedpeft_client.box import open_box
     from fedpeft_client.reports.disclosures import report_lines, report_of
     from fedpeft_client.reports.disclosures_page import Heading
     from fedpeft_client.reports.disclosures_page import page as html_of
 
     choice = Choice(since=day_of(since, "--since"), until=day_of(until, "--until"))
+    if page is not None:
+        require_folder(page.parent)
     box = open_box(directory)
     identity = _identity(box)
     verdict = check(box.audit, identity=identity)
@@ -196,8 +199,8 @@ def verify_adapter(
 def _require_whole(verdict: "Verdict", place: Path) -> None:
     if verdict.problems:
         raise AuditLogDamaged(
-            f"the audit log of {place} has {len(verdict.problems)} problems, listed above: keep a "
-            "copy to look into it, and tell those who answer for this machine"
+            f"the audit log of {place} has {counted(len(verdict.problems), 'problem')}, listed "
+            "above: keep a copy to look into it, and tell those who answer for this machine"
         )
 
 

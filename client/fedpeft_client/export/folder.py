@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedpeft.errors import FedpeftError, StorageError
-from fedpeft.storage import explained, sync_directory
+from fedpeft.storage import explained, require_folder, sync_directory
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def new_folder(out: Path) -> Generator[Path]:
     out = out.resolve()
     with explained("write", out):
         _require_vacant(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        require_folder(out.parent)
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             with _named(staged, out):
