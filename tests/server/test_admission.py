@@ -9,7 +9,8 @@ import pytest
 from fedpeft.errors import ConfigError, EnrolmentError
 from fedpeft.sealing import Identity
 from fedpeft.sealing.join_file import JoinRequest
-from fedpeft_server.enrolments.enrolment import Enrolments, InvitationRefused
+from fedpeft_server.enrolments.enrolment import Enrolments
+from fedpeft_server.enrolments.refusal import InvitationRefused
 from fedpeft_server.sticks.admission import carrier_of
 from tests.server.test_enrolment import HOUR_S, new_key
 

@@ -25,7 +25,7 @@ from fedpeft_server.backup.container import CHUNK_BYTES, ChunkReader, ChunkWrite
 from fedpeft_server.backup.restoring import Restored, restore
 from fedpeft_server.backup.snapshot import files_of
 from fedpeft_server.cli import program
-from fedpeft_server.enrolments.enrolment import InvitationRefused
+from fedpeft_server.enrolments.refusal import InvitationRefused
 from fedpeft_server.site.directory import Site, open_site
 from tests.server.sites import CLINICS, content_of, enrol, finish_rounds, make_site, redeem_in_sea
 

@@ -17,8 +17,9 @@ from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
 from fedpeft.sealing.succession import MOST_LINKS, Link, Succession
 from fedpeft_server.enrolments.clinic import IDENTITY_DAYS, KEY_DAYS
-from fedpeft_server.enrolments.enrolment import Enrolments, InvitationRefused
+from fedpeft_server.enrolments.enrolment import Enrolments
 from fedpeft_server.enrolments.file import SCHEMA_VERSION
+from fedpeft_server.enrolments.refusal import InvitationRefused
 from fedpeft_server.enrolments.roster import expiring, roster
 from fedpeft_server.enrolments.rotation import renew_clinic
 

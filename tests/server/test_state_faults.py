@@ -22,7 +22,7 @@ from fedpeft.sealing.identity import Identity
 from fedpeft.sealing.possession import prove_possession
 from fedpeft_server.cli import program
 from fedpeft_server.enrolments.clinic import KEY_DAYS
-from fedpeft_server.enrolments.enrolment import InvitationRefused
+from fedpeft_server.enrolments.refusal import InvitationRefused
 from fedpeft_server.rounds import lineage
 from fedpeft_server.runs.directory import RunDirectory
 from fedpeft_server.service import serve_federation

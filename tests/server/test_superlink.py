@@ -28,8 +28,9 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE as PROTOBUF
 from fedpeft.errors import ConnectionFailed, FederationError, PortInUse, StorageError
 from fedpeft.sealing.identity import Identity, PublicIdentity
 from fedpeft.sealing.possession import prove_possession
-from fedpeft_server.enrolments.enrolment import Enrolments, InvitationRefused
+from fedpeft_server.enrolments.enrolment import Enrolments
 from fedpeft_server.enrolments.rate_limit import EnrolmentLimit, RateLimiter, network_of
+from fedpeft_server.enrolments.refusal import InvitationRefused
 from fedpeft_server.link.public_door import FLEET_PATHS
 from fedpeft_server.link.superlink import SuperLink, SuperLinkSettings
 from fedpeft_server.site.pki import Authority, create_authority

@@ -7,9 +7,7 @@ about any other change a person decides.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any, Final, cast
 
 from fedpeft.config import NAME_PATTERN
 from fedpeft.errors import EnrolmentError, StorageError, UnknownPeer
+from fedpeft.file_lock import exclusive
 from fedpeft.sealing.identity import KEY_BYTES, fingerprint
 from fedpeft.storage import explained, write_atomically
 
@@ -171,13 +170,8 @@ class PeerBook:
             yield
             return
         # The folder, as the file itself is replaced by every change.
-        with explained("read", self._path.parent):
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with exclusive(self._path.parent):
             yield
-        finally:
-            os.close(folder)
 
 
 def _require_distinct(keys: Mapping[str, bytes]) -> None:

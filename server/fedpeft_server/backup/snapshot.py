@@ -14,8 +14,6 @@ taken later, never the other way round:
 Must not know how a backup is written.
 """
 
-import fcntl
-import os
 import sqlite3
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -25,6 +23,7 @@ from typing import Final
 
 from fedpeft.counts import counted
 from fedpeft.errors import StorageError
+from fedpeft.file_lock import exclusive
 from fedpeft.storage import explained
 
 KEYS: Final = "keys"
@@ -146,22 +145,15 @@ def _log(directory: Path) -> Iterator[Taken]:
     """Yield the audit log as of one moment, and the file that names its last entry."""
     if not directory.is_dir():
         return
-    with explained("read", directory):
-        descriptor = os.open(directory / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            end = _file(directory / "end", "audit/end") if (directory / "end").exists() else None
-            segments = [
-                (path, path.stat().st_size)
-                for path in _inside(directory)
-                if path.suffix == ".jsonl"
-            ]
-            if segments:
-                # What a power cut tore was never acknowledged.
-                last = segments[-1][0]
-                segments[-1] = last, last.read_bytes().rfind(b"\n") + 1
-        finally:
-            os.close(descriptor)
+    with exclusive(directory / "lock"), explained("read", directory):
+        end = _file(directory / "end", "audit/end") if (directory / "end").exists() else None
+        segments = [
+            (path, path.stat().st_size) for path in _inside(directory) if path.suffix == ".jsonl"
+        ]
+        if segments:
+            # What a power cut tore was never acknowledged.
+            last = segments[-1][0]
+            segments[-1] = last, last.read_bytes().rfind(b"\n") + 1
     # Files are appended to only: the first bytes stay as they are.
     for path, size in segments:
         yield _file(path, f"audit/{path.name}", size)

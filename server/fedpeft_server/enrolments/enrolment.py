@@ -13,7 +13,6 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
 
 from fedpeft.config import NAME_PATTERN
 from fedpeft.errors import EnrolmentError
@@ -24,34 +23,13 @@ from fedpeft.sealing.succession import Succession
 from fedpeft_server.enrolments.clinic import Carrier, Clinic, enrolled_clinics, moment_of
 from fedpeft_server.enrolments.file import EnrolmentFile
 from fedpeft_server.enrolments.invitation import Invitation
+from fedpeft_server.enrolments.refusal import InvitationRefused
 from fedpeft_server.enrolments.retired_keys import require_fresh, retire, taken_keys_explained
 from fedpeft_server.enrolments.shown_keys import canonical_public_key, shown_identity
 from fedpeft_server.enrolments.successions import all_links, change_identity
 
 _TOKEN_BYTES = 32
 _NAME = re.compile(NAME_PATTERN)
-
-Refusal = Literal["unknown", "expired", "used"]
-
-
-class InvitationRefused(EnrolmentError):
-    """A token was not accepted; ``refusal`` says why in one word."""
-
-    _SENTENCES: ClassVar[dict[Refusal, str]] = {
-        "unknown": (
-            "this server does not know the invitation, or a newer one has replaced it: "
-            "ask the central site for a new invitation"
-        ),
-        "expired": "the invitation has expired: ask the central site for a new one",
-        "used": (
-            "the invitation was already used by another machine: if that was not you, "
-            "tell the central site at once, and ask for a new invitation"
-        ),
-    }
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(self._SENTENCES[refusal])
-        self.refusal: Refusal = refusal
 
 
 class Enrolments:

@@ -9,8 +9,9 @@ from fedpeft.sealing import PublicIdentity
 from fedpeft.sealing.join_file import JoinRequest
 from fedpeft.sealing.succession import Succession
 from fedpeft_server.enrolments.clinic import Carrier
-from fedpeft_server.enrolments.enrolment import Enrolments, InvitationRefused
+from fedpeft_server.enrolments.enrolment import Enrolments
 from fedpeft_server.enrolments.invitation import Invitation
+from fedpeft_server.enrolments.refusal import InvitationRefused
 
 
 class RecordedEnrolments(Enrolments):

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from fedpeft.errors import ConnectionFailed, PortInUse
+from fedpeft.errors import ConnectionFailed, PortInUse, StorageError
 from fedpeft_server.site.pki import Authority
 
 _START_TIMEOUT_S = 15.0
@@ -60,10 +60,21 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConnectionFailed:
 
 
 def tls_context(authority: Authority) -> ssl.SSLContext:
-    """Return the server's TLS settings: version 1.3 only, own certificate."""
+    """Return the server's TLS settings: version 1.3 only, own certificate.
+
+    Raises:
+        StorageError: certificate and key do not belong together.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(authority.server_certificate, authority.server_key)
+    try:
+        context.load_cert_chain(authority.server_certificate, authority.server_key)
+    except ssl.SSLError as error:
+        raise StorageError(
+            f"{authority.server_certificate} and {authority.server_key} cannot be used together "
+            f"({error.reason}): make them anew with `fedpeft-server rotate`, or put both files of "
+            "the hospital's CA there"
+        ) from error
     return context
 
 

@@ -18,8 +18,8 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import EnrolmentError, FedpeftError
-from fedpeft_server.enrolments.enrolment import InvitationRefused
 from fedpeft_server.enrolments.rate_limit import EnrolmentLimit
+from fedpeft_server.enrolments.refusal import InvitationRefused
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

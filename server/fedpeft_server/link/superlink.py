@@ -8,7 +8,6 @@ message store directly, and the server's app is called in this process.
 import contextlib
 import math
 import sqlite3
-import ssl
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.main import create_app
 from sqlalchemy.exc import SQLAlchemyError
 
-from fedpeft.errors import FederationError, StorageError
+from fedpeft.errors import FederationError
 from fedpeft.flower_pin import FAB_ID, quiet_flower_log, require_pinned_flower
 from fedpeft.sealing import PublicIdentity
 from fedpeft_server.enrolments.enrolment import Enrolments
@@ -158,7 +157,7 @@ class SuperLink:
                 max_request_bytes=self._settings.max_request_bytes,
                 max_message_bytes=self._settings.max_message_bytes,
             )
-            tls = _tls(self._authority)
+            tls = tls_context(self._authority)
             self._listener = Listener(door, bound, tls=tls, protocol=metered_protocol(self.meter))
             watch = CertificateWatch(tls, self._authority)
             watch.start()
@@ -366,17 +365,6 @@ def _entered(part: _Part | None) -> _Part:
     if part is None:
         raise FederationError("the server is not running: use it inside its `with` block")
     return part
-
-
-def _tls(authority: Authority) -> ssl.SSLContext:
-    try:
-        return tls_context(authority)
-    except ssl.SSLError as error:
-        raise StorageError(
-            f"{authority.server_certificate} and {authority.server_key} cannot be used together "
-            f"({error.reason}): make them anew with `fedpeft-server rotate`, or put both files of "
-            "the hospital's CA there"
-        ) from error
 
 
 def _started_task(state: LinkState, run_id: int) -> int:

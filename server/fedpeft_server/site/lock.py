@@ -1,19 +1,18 @@
 """One server at a time runs on a site's state, and others can see that it does."""
 
-import fcntl
-import os
+import contextlib
 from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from fedpeft.errors import StorageError
+from fedpeft.file_lock import LockHeld, exclusive, is_held
 from fedpeft.storage import explained
 
 _LOCK_FILE: Final = "server.lock"
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_server(directory: Path) -> Generator[None]:
     """Hold the directory, so that a second server cannot end this one's run.
 
@@ -22,15 +21,13 @@ def only_server(directory: Path) -> Generator[None]:
     """
     with explained("use the server's directory", directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
-    lock: IO[bytes] = os.fdopen(descriptor, "r+b")
-    with lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            held.enter_context(exclusive(directory / _LOCK_FILE, wait_s=0))
+        except LockHeld:
             raise StorageError(
                 f"another fedpeft-server is running on {directory}: stop it first"
-            ) from error
+            ) from None
         yield
 
 
@@ -40,12 +37,4 @@ def server_runs(directory: Path) -> bool:
     Raises:
         StorageError: that cannot be read.
     """
-    path = directory / _LOCK_FILE
-    if not path.exists():
-        return False
-    with explained("open", path), path.open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_held(directory / _LOCK_FILE)

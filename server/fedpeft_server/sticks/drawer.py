@@ -5,9 +5,7 @@ again. The server and the commands beside it use it at once, each holding its lo
 know Flower, nor what a question is about.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from fedpeft.errors import SealingError, StorageError
+from fedpeft.file_lock import exclusive
 from fedpeft.sealing import Context
 from fedpeft.storage import explained, write_atomically
 
@@ -68,14 +67,9 @@ class Drawer:
         """
         with explained("make", self._directory):
             self._directory.mkdir(mode=_PRIVATE_FOLDER, parents=True, exist_ok=True)
-            path = self._directory / _LOCK
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _PRIVATE_FILE)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with exclusive(self._directory / _LOCK):
             self._read()
             yield self
-        finally:
-            os.close(descriptor)
 
     def find(self, question: str) -> Asked | None:
         """Return the question of this id."""
