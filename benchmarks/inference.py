@@ -2,10 +2,11 @@
 
 Ours is ``fedpeft-client serve`` on a box of its own, with the bare base model and with a
 LoRA adapter beside it. Raw is the server of the xllamacpp wheel with its defaults on the
-very same GGUF file. Both are asked over HTTP by the same client; transformers computes in
-its own process. Each measurement has a process of its own, the contestants come in turn,
-ratios are medians of the ratios within a turn. Every prompt is a new one, so that no cache
-helps. Run it on a machine that does nothing else.
+very same GGUF file. All of one encoding run at once, and one client asks them in turn over
+HTTP, so that what slows the machine for some seconds slows all of them; who is not asked
+sleeps. transformers computes in its own process, once a turn. Ratios are medians of the
+ratios within such a round. Every prompt is a new one, so that no cache helps. Run it on a
+machine that does nothing else.
 
     python benchmarks/inference.py --model DIR
 """
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,12 +55,14 @@ def main() -> None:
         if options.large:
             options.model = _large(options.model, Path(folder) / "random-1.1b")
         boxes = {each: _box(Path(folder) / each, each, options) for each in QUANTISATIONS}
-        contestants = _contestants(boxes, options)
-        turns = [
-            {name: _told(name, measure) for name, measure in contestants.items()}
-            for _ in range(options.turns)
-        ]
-        swap = _told("swap", lambda: _swap(boxes["q4_k_m"], options))
+        turns: list[dict[str, Figures]] = [{} for _ in range(options.turns)]
+        for name, box in boxes.items():
+            for turn, found in zip(turns, _servers_in_turn(name, box, options), strict=True):
+                turn.update(found)
+        for turn in turns:
+            for name in ("bf16", "nf4"):
+                turn[f"transformers {name}"] = _told(name, _apart(name, options))
+        swap = _told("swap", _swap(boxes["q4_k_m"], options))
     _report(options, turns, swap)
 
 
@@ -68,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--large", action="store_true", help="random weights of 1.1B, with the model's tokenizer"
     )
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=160, help="words of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
@@ -82,23 +86,9 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _told(name: str, measure: Callable[[], Figures]) -> Figures:
-    found = {key: round(value, 3) for key, value in measure().items()}
+def _told(name: str, measured: Figures) -> Figures:
+    found = {key: round(value, 3) for key, value in measured.items()}
     print(f"{name}: {found}", file=sys.stderr)
-    return found
-
-
-def _contestants(
-    boxes: dict[str, Path], options: argparse.Namespace
-) -> dict[str, Callable[[], Figures]]:
-    found: dict[str, Callable[[], Figures]] = {}
-    for name, box in boxes.items():
-        found[f"ours {name}"] = lambda box=box: _ours(box, "base", options)
-        found[f"raw {name}"] = lambda box=box: _raw(box, options)
-        found[f"ours {name} + lora"] = lambda box=box: _ours(box, CLINIC, options)
-        found[f"raw {name} + lora"] = lambda box=box: _raw(box, options, lora=True)
-    for name in ("bf16", "nf4"):
-        found[f"transformers {name}"] = lambda name=name: _apart(name, options)
     return found
 
 
@@ -194,31 +184,68 @@ def _process(command: list[str], pattern: str) -> Generator[tuple[psutil.Process
             server.terminate()
 
 
-def _ours(box: Path, model: str, options: argparse.Namespace) -> Figures:
-    command = [sys.executable, "-m", "fedpeft_client", "serve", str(box), _ANYWHERE]
-    with _process(command, r" on (https?://\S+)/v1") as (process, url, ready):
-        return _measure(url, model, process, options) | {"load_s": ready}
+@dataclass(frozen=True, kw_only=True)
+class _Server:
+    """A contestant that runs: how it is asked, and how soon it was ready (seconds)."""
+
+    process: psutil.Process
+    client: httpx.Client
+    model: str
+    load_s: float
 
 
-def _raw(box: Path, options: argparse.Namespace, *, lora: bool = False) -> Figures:
+def _servers_in_turn(name: str, box: Path, options: argparse.Namespace) -> list[dict[str, Figures]]:
+    """Run ours and raw side by side on one encoding; return the figures of each turn."""
+    serve = [sys.executable, "-m", "fedpeft_client", "serve", str(box), _ANYWHERE]
+    ours, raw = (serve, r" on (https?://\S+)/v1"), r"^ready (\S+)"
+    with contextlib.ExitStack() as running:
+
+        def start(command: list[str], pattern: str, model: str) -> _Server:
+            process, url, load_s = running.enter_context(_process(command, pattern))
+            client = running.enter_context(_client(url))
+            return _Server(process=process, client=client, model=model, load_s=load_s)
+
+        both = start(*ours, CLINIC)
+        servers = {
+            f"ours {name}": replace(both, model="base"),
+            f"raw {name}": start(_raw(box, options), raw, "raw"),
+            f"ours {name} + lora": both,
+            f"raw {name} + lora": start(_raw(box, options, lora=True), raw, "raw"),
+        }
+        for each in servers.values():
+            _ask(each.client, each.model, options)
+        return [_turn(servers, options) for _ in range(options.turns)]
+
+
+def _turn(servers: dict[str, _Server], options: argparse.Namespace) -> dict[str, Figures]:
+    """Ask each alone three times, one after the other, then each four at once."""
+    alone: dict[str, list[Figures]] = {name: [] for name in servers}
+    for _ in range(1 if options.quick else 3):
+        for name, server in servers.items():
+            alone[name].append(_ask(server.client, server.model, options))
+    return {
+        name: _told(name, _measured(server, alone[name], options))
+        for name, server in servers.items()
+    }
+
+
+def _raw(box: Path, options: argparse.Namespace, *, lora: bool = False) -> list[str]:
     inference = box / "inference"
     command = [sys.executable, __file__, "--contestant=raw", f"--threads={options.threads}",
                f"--file={next(inference.glob('base-*.gguf'))}"]  # fmt: skip
     if lora:
         command.append(f"--adapter={next((inference / 'adapters').glob('round-1-*.gguf'))}")
-    with _process(command, r"^ready (\S+)") as (process, url, ready):
-        return _measure(url, "raw", process, options) | {"load_s": ready}
+    return command
 
 
-def _measure(url: str, model: str, process: psutil.Process, options: argparse.Namespace) -> Figures:
-    """Ask once to warm up, then alone three times, then four at once."""
-    with _client(url) as client:
-        _ask(client, model, options)
-        alone = [_ask(client, model, options) for _ in range(1 if options.quick else 3)]
-        began = time.perf_counter()
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            together = list(pool.map(lambda _: _ask(client, model, options), range(PARALLEL)))
-        seconds = time.perf_counter() - began
+def _measured(server: _Server, alone: list[Figures], options: argparse.Namespace) -> Figures:
+    """Ask four at once, and return the figures of that and of those asked ``alone``."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        together = list(
+            pool.map(lambda _: _ask(server.client, server.model, options), range(PARALLEL))
+        )
+    seconds = time.perf_counter() - began
     whole = statistics.median(one["whole_s"] for one in alone)
     single = statistics.median(one["answer"] for one in alone) / whole
     return {
@@ -228,7 +255,8 @@ def _measure(url: str, model: str, process: psutil.Process, options: argparse.Na
         "parallel_over_one": sum(one["answer"] for one in together) / seconds / single,
         "slowest_over_mean": max(one["whole_s"] for one in together)
         / statistics.mean(one["whole_s"] for one in together),
-        "rss_mb": process.memory_info().rss / 2**20,
+        "rss_mb": server.process.memory_info().rss / 2**20,
+        "load_s": server.load_s,
     }
 
 
