@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
@@ -36,6 +37,8 @@ _LARGEST_GRID = 2**13
 """Most points of one step's losses; beyond, the grid is coarser and the bound looser."""
 _QUICK = 4
 """How many times coarser the grid of a first answer is."""
+_HALVED_TO = 1e-6
+"""Part of an epsilon beyond 709 to which it is found."""
 _TAIL = 11.0
 """Standard deviations of noise within which dp_accounting looks at losses: exp(-50) is outside."""
 
@@ -72,8 +75,25 @@ def epsilon_of(charges: Mapping[Charge, int], delta: float) -> Spent:
         return Spent(epsilon=rdp, epsilon_pld=None, epsilon_rdp=rdp, delta=delta)
     pld = 0.0
     if charges:
-        pld = float(_composed(charges, curve, rdp).get_epsilon_for_delta(counted))
+        pld = _epsilon_of_losses(_composed(charges, curve, rdp), counted, rdp)
     return Spent(epsilon=min(pld, rdp), epsilon_pld=pld, epsilon_rdp=rdp, delta=delta)
+
+
+def _epsilon_of_losses(losses: PrivacyLossDistribution, delta: float, most: float) -> float:
+    """Return the epsilon of composed losses; ``most`` is another bound on it."""
+    with np.errstate(over="ignore"):
+        epsilon = float(losses.get_epsilon_for_delta(delta))
+    if epsilon < math.inf or losses.get_delta_for_epsilon(most) > delta:
+        return epsilon
+    # The library reckons with e^epsilon, which ends at epsilon = 709; delta for it does not.
+    least = 0.0
+    while most - least > _HALVED_TO * most:
+        middle = (least + most) / 2
+        if losses.get_delta_for_epsilon(middle) <= delta:
+            most = middle
+        else:
+            least = middle
+    return most
 
 
 def fits(

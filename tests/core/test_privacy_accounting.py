@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opacus.accountants.analysis import rdp as opacus_rdp
 from scipy.stats import skellam
@@ -212,6 +212,7 @@ def test_more_data_or_steps_or_less_noise_cost_more(rate, noise, steps) -> None:
         assert other[1] >= base[1] * (1 - THREE_DIGITS)
 
 
+@example(rate=0.875, noise=1.0, steps=1545, delta=0.0009083043562241501)
 @settings(max_examples=20, deadline=None)
 @given(rate=rates, noise=noises, steps=step_counts, delta=st.floats(1e-9, 1e-3))
 def test_guarantee_is_the_smaller_bound(rate, noise, steps, delta) -> None:
@@ -219,6 +220,15 @@ def test_guarantee_is_the_smaller_bound(rate, noise, steps, delta) -> None:
     assert spent.epsilon_pld is not None
     assert 0 <= spent.epsilon == min(spent.epsilon_pld, spent.epsilon_rdp) < math.inf
     assert spent.epsilon_pld <= spent.epsilon_rdp * (1 + THREE_DIGITS)
+
+
+@pytest.mark.parametrize("steps", [1545, 1546])
+def test_an_epsilon_whose_exponential_is_no_double_lies_between_its_neighbours(steps: int) -> None:
+    delta = 0.0009083043562241501
+    lower, spent, upper = (
+        epsilon_of({gaussian(1.0, 0.875): each}, delta).epsilon for each in (1544, steps, 1700)
+    )
+    assert lower * (1 - THREE_DIGITS) < spent < upper
 
 
 @pytest.mark.parametrize(
