@@ -19,10 +19,11 @@ demo: .venv/ready     ## run the embedded federation and print what federating g
 	$(BIN)/fedpeft demo --out runs/demo
 
 # The models of the tests are so small that a second thread costs more than it gains, and a
-# second process does not. Tests of whole federations start processes of their own.
+# second process does not. Tests of whole federations start processes of their own; their
+# longest files would begin last if those with the most tests went first.
 test: check           ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/core tests/client tests/server tests/strategies
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration
 
 check: lint types imports
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from fedpeft.data import EncodedExample
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 # Before torch is imported, and for child processes too: the tests share few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# How long an example takes tells of what else the machine does, not of the code.
+settings.register_profile("fedpeft", deadline=None)
+settings.load_profile("fedpeft")
 
 _SENTENCES = (
     "The patient asks when to take the tablets; take one tablet in the morning.",

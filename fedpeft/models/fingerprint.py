@@ -15,5 +15,5 @@ def require_fingerprint(found: str, expected: str, directory: Path) -> None:
     if found != expected:
         raise FingerprintMismatch(
             f"the base model in {directory} has fingerprint {found[:12]}, the federation uses "
-            f"{expected[:12]}; copy the federation's base model here"
+            f"{expected[:12]}; name a copy of the federation's base model"
         )

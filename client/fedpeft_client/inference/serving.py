@@ -52,6 +52,7 @@ def serve_box(directory: Path, listening: Listening, *, tell: Tell) -> None:
     place = Place.at(directory)
     host, port = _address(listening.address or place.settings.inference.listen)
     key = None if is_loopback(host) else load_api_key(directory / KEY_FILE)
+    tls = None if listening.tls is None else tls_context(*listening.tls)
     bound = _bound(host, port)
     apart = Apart(directory)
     try:
@@ -59,7 +60,7 @@ def serve_box(directory: Path, listening: Listening, *, tell: Tell) -> None:
         try:
             tell(context_line(engine.context, place.settings.inference.context))
             _announce(engine, bound, directory, key, listening, tell)
-            _run(_application(engine, place, key), bound, listening, tell)
+            _run(_application(engine, place, key), bound, tls, tell)
         finally:
             apart.stop()
             engine.close()
@@ -142,11 +143,13 @@ def _announce(
         )
 
 
-def _run(application: Service, bound: socket.socket, listening: Listening, tell: Tell) -> None:
+def _run(
+    application: Service, bound: socket.socket, tls: ssl.SSLContext | None, tell: Tell
+) -> None:
     # A partial does as well as a class, but uvicorn does not say so.
     front: Any = PatientProtocol
-    if listening.tls is not None:
-        front = partial(TlsDoor, tls_context(*listening.tls))
+    if tls is not None:
+        front = partial(TlsDoor, tls)
     config = uvicorn.Config(
         application,
         http=front,
@@ -176,9 +179,16 @@ def tls_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
     except OSError as error:
         raise ConfigError(
             f"the certificate {certificate} or its private key {private_key} cannot be used: "
-            f"{(error.strerror or 'they are no PEM').lower()}; give PEM files that belong together"
+            f"{_why(error)}; give PEM files that belong together"
         ) from None
     return context
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        mismatch = error.reason == "KEY_VALUES_MISMATCH"
+        return "they do not belong together" if mismatch else "they are no PEM, or damaged"
+    return (error.strerror or "they cannot be read").lower()
 
 
 class _Server(uvicorn.Server):
