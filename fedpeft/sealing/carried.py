@@ -5,13 +5,33 @@ what they ask for.
 """
 
 import json
-from typing import Any, Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 from fedpeft.errors import StickRefused
+from fedpeft.storage import explained
+
+_Content = TypeVar("_Content")
 
 SCHEMA: Final = 1
 FILE_LIMIT: Final = 64 << 10
 """The most bytes that such a file has."""
+
+
+def read_carried(path: Path, parse: Callable[[bytes], _Content]) -> _Content:
+    """Return what ``parse`` makes of the file.
+
+    Raises:
+        StickRefused: ``parse`` refused it; the sentence begins with the file's name.
+        StorageError: it cannot be read.
+    """
+    with explained("read", path), path.open("rb") as file:
+        content = file.read(FILE_LIMIT + 1)
+    try:
+        return parse(content)
+    except StickRefused as error:
+        raise StickRefused(f"{path} {error}") from None
 
 
 def lengthened(*parts: bytes) -> bytes:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedpeft.errors import EnrolmentError, SealingError, StickRefused, StorageError
-from fedpeft.sealing.carried import FILE_LIMIT
+from fedpeft.sealing.carried import read_carried
 from fedpeft.sealing.identity import PublicIdentity
 from fedpeft.sealing.join_file import JoinRequest, Ticket
 from fedpeft.sealing.keyfile import Protection
 from fedpeft.storage import explained, sync_directory, write_atomically
 from fedpeft_client.keys.enrolment import CA_FILE, Invitation, own_keys, public_pem, settle
-from fedpeft_client.keys.key_life import Expiry
 from fedpeft_client.settings import CONFIG_FILE
+from fedpeft_client.sticks.granted import expiry_in
 
 SCHEMA: Final = 1
 JOINING_FILE: Final = "joining.json"
@@ -60,16 +60,8 @@ def take_ticket(ticket: Path, directory: Path) -> Invitation:
         StorageError: a file cannot be read or written.
     """
     invitation, own, settings = _pending(directory)
-    with explained("read", ticket), ticket.open("rb") as file:
-        content = file.read(FILE_LIMIT + 1)
-    try:
-        granted = Ticket.from_json(content, invitation.identity)
-        told = {"keys_expire": granted.keys_expire, "identity_expires": granted.identity_expires}
-        expiry = Expiry.told(told)
-    except StickRefused as error:
-        raise StickRefused(f"{ticket} {error}") from None
-    except ValueError:
-        raise StickRefused(f"{ticket} names no moment until which keys are good") from None
+    granted = read_carried(ticket, lambda content: Ticket.from_json(content, invitation.identity))
+    expiry = expiry_in(granted, ticket)
     mine = (invitation.federation, invitation.clinic, own)
     if (granted.federation, granted.clinic, granted.identity) != mine:
         raise StickRefused(

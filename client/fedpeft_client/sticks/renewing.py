@@ -11,7 +11,7 @@ from typing import Final
 from fedpeft.audit_log import AuditLog
 from fedpeft.errors import EnrolmentError, SealingError, StickRefused, StorageError
 from fedpeft.protocol.stick_file import StickFile
-from fedpeft.sealing.carried import FILE_LIMIT
+from fedpeft.sealing.carried import read_carried
 from fedpeft.sealing.envelope import open_sealed
 from fedpeft.sealing.keyfile import Protection, load_identity
 from fedpeft.sealing.renewal_file import RenewalConfirmation, RenewalRequest
@@ -35,6 +35,7 @@ from fedpeft_client.keys.renewal import (
     take_key,
 )
 from fedpeft_client.link.fleet import load_key
+from fedpeft_client.sticks.granted import expiry_in
 
 RENEWING_FILE: Final = "renewing.json"
 """The last request, until it is confirmed."""
@@ -157,16 +158,9 @@ def _pending(box: Box) -> RenewalRequest:
 
 def _confirmed(box: Box, file: Path, asked: RenewalRequest) -> tuple[RenewalConfirmation, Expiry]:
     """Return what ``file`` confirms, if that is just what was asked for."""
-    with explained("read", file), file.open("rb") as opened:
-        content = opened.read(FILE_LIMIT + 1)
-    try:
-        found = RenewalConfirmation.from_json(content, box.server_identity)
-        told = {"keys_expire": found.keys_expire, "identity_expires": found.identity_expires}
-        expiry = Expiry.told(told)
-    except StickRefused as error:
-        raise StickRefused(f"{file} {error}") from None
-    except ValueError:
-        raise StickRefused(f"{file} names no moment until which keys are good") from None
+    server = box.server_identity
+    found = read_carried(file, lambda content: RenewalConfirmation.from_json(content, server))
+    expiry = expiry_in(found, file)
     if (found.federation, found.clinic) != (asked.federation, asked.clinic):
         raise StickRefused(
             f"{file} is foreign: it is for clinic {found.clinic} of {found.federation}, and this "

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from fedpeft.errors import ConfigError, StickRefused
-from fedpeft.sealing.carried import FILE_LIMIT
+from fedpeft.sealing.carried import read_carried
 from fedpeft.sealing.join_file import JoinRequest, Ticket
-from fedpeft.storage import explained, require_folder, write_atomically
+from fedpeft.storage import require_folder, write_atomically
 from fedpeft_server.enrolments.clinic import Carrier
 from fedpeft_server.site.directory import Site
 
@@ -25,13 +25,8 @@ def admit_by_stick(site: Site, request: Path, ticket: Path) -> str:
         StorageError: a file cannot be read or written.
     """
     require_folder(ticket.parent)
-    with explained("read", request), request.open("rb") as file:
-        content = file.read(FILE_LIMIT + 1)
+    asked = read_carried(request, JoinRequest.from_json)
     enrolments, server = site.enrolments(), site.identity
-    try:
-        asked = JoinRequest.from_json(content)
-    except StickRefused as error:
-        raise StickRefused(f"{request} {error}") from None
     if asked.federation != enrolments.federation:
         raise StickRefused(
             f"{request} is foreign: it is of federation {asked.federation!r}, and this is "

@@ -8,11 +8,11 @@ from typing import Final
 
 from fedpeft.errors import EnrolmentError, StickRefused
 from fedpeft.protocol import KINDS
-from fedpeft.sealing.carried import FILE_LIMIT
+from fedpeft.sealing.carried import read_carried
 from fedpeft.sealing.renewal_file import MOST_LINES, RenewalConfirmation, RenewalRequest
 from fedpeft.sealing.succession import Succession
 from fedpeft.secagg import STAGES
-from fedpeft.storage import explained, require_folder, write_atomically
+from fedpeft.storage import require_folder, write_atomically
 from fedpeft_server.enrolments.rotation import renew_clinic
 from fedpeft_server.site.directory import Site
 from fedpeft_server.site.lock import server_runs
@@ -72,13 +72,12 @@ def _read(request: Path, federation: str) -> tuple[RenewalRequest, tuple[Success
         StickRefused: it is no request, forged, or of another federation.
         StorageError: it cannot be read.
     """
-    with explained("read", request), request.open("rb") as file:
-        content = file.read(FILE_LIMIT + 1)
-    try:
-        asked = RenewalRequest.from_json(content)
-        statements = asked.statements()
-    except StickRefused as error:
-        raise StickRefused(f"{request} {error}") from None
+
+    def parse(content: bytes) -> tuple[RenewalRequest, tuple[Succession, ...]]:
+        found = RenewalRequest.from_json(content)
+        return found, found.statements()
+
+    asked, statements = read_carried(request, parse)
     if asked.federation != federation:
         raise StickRefused(
             f"{request} is foreign: it is of federation {asked.federation}, and this is "
